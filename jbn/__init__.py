@@ -1,0 +1,35 @@
+"""Batch normalization as pure functions.
+
+For each channel: z̃ = γ·(z−μ)/√(σ²+ε) + β, with μ and σ² those of the batch in training, and running
+averages of them at test time (Ioffe & Szegedy 2015). Three functions over three small pytrees:
+
+    >>> import jax, jax.numpy as jnp
+    >>> import jbn
+    >>> params, state = jbn.bn_init(64)                                  # learned γ, β; running statistics
+    >>> x = jax.random.normal(jax.random.key(0), (32, 64))
+    >>> y, stats = jbn.bn_apply(params, state, x, train=True)            # the statistics of this batch
+    >>> state = jbn.bn_update_stats(state, stats)                        # running ← (1−w)·running + w·batch
+    >>> y, _ = jbn.bn_apply(params, state, x, train=False)               # normalized with the running ones
+
+No hidden state: what is learned, what runs along and what a batch showed are three things, passed in
+and returned. Everything works under ``jit``, ``vmap``, ``grad`` and JAX's other transformations.
+"""
+
+from jbn._core import bn_apply, bn_init, bn_update_stats, normalize_inputs
+from jbn._moments import bn_merge_stats
+from jbn._pytrees import BNParams, BNState, BNStats, bn_labels, weight_decay_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNParams",
+    "BNState",
+    "BNStats",
+    "bn_apply",
+    "bn_init",
+    "bn_labels",
+    "bn_merge_stats",
+    "bn_update_stats",
+    "normalize_inputs",
+    "weight_decay_mask",
+]

@@ -1,0 +1,303 @@
+"""Parse, don't validate: each function takes raw arguments and returns their canonical form, or raises.
+
+Every message is one line: ``<argument>: got …; expected …; <what to do>.`` Only static facts are
+checked; what depends on data (a NaN, an empty mask) is defined behaviour, not an error.
+"""
+
+import math
+import operator
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jbn._pytrees import BNParams, BNState, BNStats
+
+__all__ = [
+    "as_axes",
+    "as_batch",
+    "as_data",
+    "as_eps",
+    "as_feature_shape",
+    "as_flag",
+    "as_float_dtype",
+    "as_input_eps",
+    "as_mask",
+    "as_matching",
+    "as_momentum",
+    "as_names",
+    "as_params",
+    "as_state",
+    "as_stats",
+    "compute_dtype",
+    "not_yet",
+    "several_values",
+]
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """float64 for float64, float32 for every narrower float."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _static(name: str, value: Any) -> None:
+    """A traced value where a Python one is needed is an error that says how to make it static."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: got a traced value; expected a Python value, known when the function is traced; "
+            f"name it in static_argnames of jax.jit, or bind it with functools.partial."
+        )
+
+
+def as_flag(name: str, value: Any) -> bool:
+    """A bool that is known at trace time."""
+    _static(name, value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}; expected a bool; pass {name}=True or {name}=False.")
+    return value
+
+
+def as_batch(name: str, x: Any) -> jax.Array:
+    """A real floating-point array."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: got dtype {x.dtype}; expected a real floating-point array; "
+            f"convert it with {name}.astype(jnp.float32)."
+        )
+    return x
+
+
+def as_data(name: str, x: Any) -> jax.Array:
+    """A real array; integers and booleans become float32."""
+    x = jnp.asarray(x)
+    exact = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_
+    return as_batch(name, x.astype(jnp.float32) if exact else x)
+
+
+def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """Feature axes as an ascending tuple of non-negative ints."""
+    _static("axis", axis)
+    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
+    for a in axes:
+        _static("axis", a)
+    try:
+        if any(isinstance(a, bool) for a in axes):
+            raise TypeError
+        axes = tuple(operator.index(a) for a in axes)
+    except TypeError:
+        raise TypeError(
+            f"axis: got {axis!r}; expected an int or a tuple of ints; name the feature axes, as in axis=-1."
+        ) from None
+    if not axes:
+        raise ValueError("axis: got (); expected at least one feature axis; pass axis=-1 for channels last.")
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"axis: got {a}; expected {-ndim} ≤ axis < {ndim} for x of rank {ndim}; "
+                f"name feature axes that x has."
+            )
+    canonical = tuple(sorted(a % ndim for a in axes))
+    if len(set(canonical)) != len(canonical):
+        raise ValueError(f"axis: got {axis!r}; expected distinct axes; name each feature axis once.")
+    return canonical
+
+
+def as_feature_shape(num_features: Any) -> tuple[int, ...]:
+    """The shape of the feature axes, from an int or a tuple of ints."""
+    _static("num_features", num_features)
+    sizes = num_features if isinstance(num_features, (tuple, list)) else (num_features,)
+    try:
+        if any(isinstance(n, bool) for n in sizes):
+            raise TypeError
+        shape = tuple(operator.index(n) for n in sizes)
+    except TypeError:
+        raise TypeError(
+            f"num_features: got {num_features!r}; expected an int or a tuple of ints; "
+            f"pass the size of the feature axis, as in bn_init(64)."
+        ) from None
+    if not shape or any(n < 1 for n in shape):
+        raise ValueError(
+            f"num_features: got {num_features!r}; expected sizes of at least 1; "
+            f"pass the size of each feature axis."
+        )
+    return shape
+
+
+def as_float_dtype(dtype: Any) -> Any:
+    """A real floating-point dtype for γ and β."""
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: got {dtype!r}; expected a floating-point dtype; pass jnp.float32.") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype: got {dtype}; expected a floating-point dtype; pass jnp.float32.")
+    return dtype
+
+
+def as_params(params: Any, shape: tuple[int, ...]) -> BNParams:
+    """A BNParams whose fields have the feature shape, or are None."""
+    if not isinstance(params, BNParams):
+        raise TypeError(
+            f"params: got {_kind(params)}; expected BNParams; "
+            f"pass the first of the pair that bn_init returns: params, state = bn_init(...)."
+        )
+    for name, value in zip(BNParams._fields, params, strict=True):
+        if value is not None:
+            _of_shape(f"params.{name}", value, shape)
+    return params
+
+
+def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    if jnp.shape(value) != shape:
+        size = shape[0] if len(shape) == 1 else shape
+        raise ValueError(
+            f"{name}: got shape {jnp.shape(value)}; expected {shape}, the size of x along axis; "
+            f"make it with bn_init({size}), or name other feature axes in axis."
+        )
+
+
+def as_state(state: Any, shape: tuple[int, ...]) -> BNState:
+    """A BNState whose fields have the feature shape."""
+    if not isinstance(state, BNState):
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], BNParams):
+            hint = "unpack the pair of bn_init: params, state = bn_init(...)"
+        elif isinstance(state, BNStats):
+            hint = "turn stats into a state with bn_update_stats(state, stats)"
+        elif isinstance(state, BNParams):
+            hint = "the order is bn_apply(params, state, x)"
+        else:
+            hint = "pass the second of the pair that bn_init returns"
+        raise TypeError(f"state: got {_kind(state)}; expected BNState; {hint}.")
+    for name, value in zip(BNState._fields, state, strict=True):
+        _of_shape(f"state.{name}", value, shape)
+    return state
+
+
+def as_stats(stats: Any, shape: tuple[int, ...]) -> BNStats:
+    """BNStats whose fields have the feature shape."""
+    if not isinstance(stats, BNStats):
+        raise TypeError(
+            f"stats: got {_kind(stats)}; expected BNStats; pass what normalize_inputs returned for the training set."
+        )
+    for name, value in zip(BNStats._fields, stats, strict=True):
+        _of_shape(f"stats.{name}", value, shape)
+    return stats
+
+
+def as_matching(path: str, state: BNState, stats: BNStats) -> None:
+    """Fields of a state and of its stats all have one shape."""
+    shape = jnp.shape(state.mean)
+    for name, node in (("state", state), ("stats", stats)):
+        for field, value in zip(node._fields, node, strict=True):
+            if jnp.shape(value) != shape:
+                raise ValueError(
+                    f"{name}{path}.{field}: got shape {jnp.shape(value)}; expected {shape}, that of "
+                    f"state{path}.mean; update each state with stats of its own layer."
+                )
+
+
+def as_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array:
+    """A bool array of x's rank, each size 1 or x's."""
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask: got dtype {mask.dtype}; expected bool, True where a value counts; "
+            f"convert it with mask.astype(bool)."
+        )
+    if mask.ndim != len(shape) or any(m not in (1, n) for m, n in zip(mask.shape, shape, strict=True)):
+        raise ValueError(
+            f"mask: got shape {mask.shape}; expected rank {len(shape)} with each size 1 or that of x {shape}; "
+            f"give the missing axes size 1, as in mask[:, None]."
+        )
+    return mask
+
+
+def _concrete(value: Any) -> float | None:
+    """The number, if it is known at trace time."""
+    return None if isinstance(value, jax.core.Tracer) else float(value)
+
+
+def _scalar(name: str, value: Any) -> None:
+    """A real number: a Python one, or an array of shape ()."""
+    real = jnp.issubdtype(jnp.result_type(value), jnp.floating) if _is_numeric(value) else False
+    integral = _is_numeric(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+    if not (real or integral) or jnp.shape(value) != ():
+        shown = f"shape {jnp.shape(value)}" if _is_numeric(value) else repr(value)
+        raise TypeError(f"{name}: got {shown}; expected one real number; pass a scalar.")
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (hasattr(value, "dtype") and hasattr(value, "shape"))
+
+
+def as_eps(eps: Any) -> Any:
+    """ε > 0; range-checked unless traced."""
+    _scalar("eps", eps)
+    known = _concrete(eps)
+    if known is not None and not (math.isfinite(known) and known > 0):
+        raise ValueError(
+            f"eps: got {eps}; expected a finite number above 0; "
+            f"pass eps=1e-5 (without it a constant channel divides by zero)."
+        )
+    return eps
+
+
+def as_input_eps(eps: Any) -> Any:
+    """ε ≥ 0; range-checked unless traced."""
+    _scalar("eps", eps)
+    known = _concrete(eps)
+    if known is not None and not (math.isfinite(known) and known >= 0):
+        raise ValueError(f"eps: got {eps}; expected a finite number, at least 0; pass eps=0.0.")
+    return eps
+
+
+def as_momentum(momentum: Any) -> Any:
+    """The share of the running statistic that is kept; range-checked unless traced."""
+    _scalar("momentum", momentum)
+    known = _concrete(momentum)
+    if known is not None and not 0 <= known <= 1:
+        raise ValueError(
+            f"momentum: got {momentum}; expected 0 ≤ momentum ≤ 1, the share kept; "
+            f"pass 1 - m for PyTorch's momentum m."
+        )
+    return momentum
+
+
+def as_names(axis_name: Any) -> tuple[Hashable, ...]:
+    """Mesh or vmap axis names as a tuple; () for None."""
+    _static("axis_name", axis_name)
+    if axis_name is None:
+        return ()
+    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    for name in names:
+        _static("axis_name", name)
+        if not isinstance(name, Hashable):
+            raise TypeError(
+                f"axis_name: got {axis_name!r}; expected an axis name or a tuple of them; "
+                f"pass the name that shard_map, pmap or vmap binds."
+            )
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name: got {axis_name!r}; expected distinct names; name each axis once.")
+    return tuple(names)
+
+
+def several_values(shape: tuple[int, ...], per_device: int, devices: int) -> None:
+    """Training on one value per channel is an error: its variance is 0 and its output β."""
+    if per_device * devices == 1:
+        raise ValueError(
+            f"x: got shape {shape}, one value per channel; expected at least 2 in training, since the variance "
+            f"of one is 0; use a larger batch, synchronize over devices with axis_name, or pass train=False."
+        )
+
+
+def not_yet(**arguments: Any) -> None:
+    """Options of the design that are still to be built."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise NotImplementedError(f"{name}: got {value!r}; expected None; it is not built yet.")

@@ -1,0 +1,318 @@
+"""The three functions, and input normalization: check, measure, normalize. No arithmetic beyond composition."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn import _checks
+from jbn._moments import Moments, as_stats, measure, pool_over_devices
+from jbn._named_axes import axis_total, enter
+from jbn._normalize import Layout, normalize
+from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
+
+__all__ = ["bn_apply", "bn_init", "bn_update_stats", "normalize_inputs"]
+
+
+def bn_init(
+    num_features: int | tuple[int, ...],
+    *,
+    use_gamma: bool = True,
+    use_beta: bool = True,
+    dtype: Any = jnp.float32,
+) -> tuple[BNParams, BNState]:
+    """Makes the parameters and running statistics of one batch norm: γ = 1, β = 0, mean = 0, var = 1.
+
+    Args:
+        num_features: C, the size of the feature axis, or a tuple of sizes for several.
+        use_gamma: whether there is a γ; without it ``params.gamma`` is None and γ = 1.
+        use_beta: whether there is a β; without it ``params.beta`` is None and β = 0.
+        dtype: of γ and β. Running statistics are float32 (float64 when ``dtype`` is float64): in
+            bfloat16 they would stall.
+
+    Returns:
+        ``(params, state)``: `BNParams` and `BNState` with fields of shape (C,).
+
+    Raises:
+        TypeError: ``num_features`` not integers, a flag not a bool, ``dtype`` not floating point.
+        ValueError: a size below 1.
+
+    Example:
+        >>> from jbn import bn_init
+        >>> params, state = bn_init(2)
+        >>> params
+        BNParams(gamma=Array([1., 1.], dtype=float32), beta=Array([0., 0.], dtype=float32))
+        >>> bn_init((3, 4), use_beta=False)[0].gamma.shape
+        (3, 4)
+
+    Flax infers the size at the first call; here it is given, as in PyTorch.
+
+    References:
+        Ioffe & Szegedy 2015, section 3.
+    """
+    shape = _checks.as_feature_shape(num_features)
+    dtype = _checks.as_float_dtype(dtype)
+    gamma = jnp.ones(shape, dtype) if _checks.as_flag("use_gamma", use_gamma) else None
+    beta = jnp.zeros(shape, dtype) if _checks.as_flag("use_beta", use_beta) else None
+    running = _checks.compute_dtype(dtype)
+    state = BNState(jnp.zeros(shape, running), jnp.ones(shape, running), jnp.zeros(shape, jnp.int32))
+    return BNParams(gamma, beta), state
+
+
+def bn_apply(
+    params: BNParams,
+    state: BNState | None,
+    x: Any,
+    *,
+    train: bool,
+    axis: int | tuple[int, ...] = -1,
+    eps: Any = 1e-5,
+    mask: Any = None,
+    axis_name: Any = None,
+    axis_index_groups: Any = None,
+    ghost_size: int | None = None,
+    renorm: Any = None,
+) -> tuple[jax.Array, BNStats]:
+    """Normalizes x for each channel: z̃ = γ·(z−μ)/√(σ²+ε) + β.
+
+    In training μ and σ² (biased) are the moments of x over all axes that are not in ``axis``, and
+    gradients flow through them; in evaluation they are the running statistics in ``state``.
+
+    Args:
+        params: γ and β, each (C,) or None.
+        state: running statistics, (C,); may be None in training.
+        x: floating-point array, with the feature sizes C along ``axis``.
+        train: whether to normalize with the statistics of x (static).
+        axis: the feature axis, or axes; -1 for NHWC and (N, C), 1 for NCHW (static).
+        eps: ε > 0, added to the variance; may be traced.
+        mask: bool, of x's rank, each size 1 or x's; True where a value counts. Masked-out values move
+            neither the statistics nor, where the loss ignores their outputs, any gradient.
+        axis_name: name, or names, of axes of `jax.shard_map`, `jax.vmap` or `jax.pmap` over which the
+            statistics are synchronized: pooled by count, exact for unequal shards and masks (static).
+        axis_index_groups: not built yet.
+        ghost_size: not built yet.
+        renorm: not built yet.
+
+    Returns:
+        ``(y, stats)``. y has x's shape and dtype. ``stats`` are the `BNStats` used, in float32
+        (float64 for float64 x), for `bn_update_stats`; in evaluation their count is 0, so that the
+        update changes nothing. Statistics, γ and β are computed in that dtype, whatever x is.
+        An empty batch or mask gives count 0, mean 0, var 0.
+
+    Raises:
+        TypeError: x not floating point, mask not bool, ``params`` or ``state`` of another type, a
+            traced static argument.
+        ValueError: shapes that do not fit, ``axis`` out of range, ``eps`` ≤ 0, one value per channel
+            in training, an unbound ``axis_name``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jbn import bn_apply, bn_init, bn_update_stats
+        >>> params, state = bn_init(1)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, stats = bn_apply(params, state, x, train=True)
+        >>> y.round(3)
+        Array([[-1.],
+               [ 1.]], dtype=float32)
+        >>> state = bn_update_stats(state, stats)
+        >>> bn_apply(params, state, x, train=False)[0].round(3)  # unbiased variance: 2, not 1
+        Array([[-0.707],
+               [ 0.707]], dtype=float32)
+
+    Flax: ``scale, bias, epsilon, use_running_average=not train``, and ``axis`` the same. PyTorch: the
+    feature axis is 1. Keras: ε is 1e-3 there. All three use E[x²]−μ² or two passes; this is exact at
+    any offset.
+
+    References:
+        Ioffe & Szegedy 2015, Algorithms 1 and 2; Chan, Golub & LeVeque 1983 for the pooling.
+    """
+    _checks.not_yet(axis_index_groups=axis_index_groups, ghost_size=ghost_size, renorm=renorm)
+    train = _checks.as_flag("train", train)
+    x = _checks.as_batch("x", x)
+    axes = _checks.as_axes(axis, x.ndim)
+    shape = tuple(x.shape[a] for a in axes)
+    reduce_axes = tuple(a for a in range(x.ndim) if a not in axes)
+    params = _checks.as_params(params, shape)
+    eps = _checks.as_eps(eps)
+    if mask is not None:
+        mask = _checks.as_mask(mask, x.shape)
+    if state is not None or not train:
+        state = _checks.as_state(state, shape)
+    names = _checks.as_names(axis_name)
+    if not train:
+        return _evaluate(Layout(reduce_axes, (), train), params, state, x, eps, mask)
+    per_device = math.prod(x.shape[a] for a in reduce_axes)
+    _checks.several_values(x.shape, per_device, axis_total(names))
+    return _train(Layout(reduce_axes, names, train), params, enter(x, names), eps, mask)
+
+
+# Compiled as one piece also where the caller does not: an eager call is one dispatch. Inlined in a trace.
+_compiled = partial(jax.jit, static_argnums=0, inline=True)
+
+
+@_compiled
+def _train(layout, params, x, eps, mask):
+    moments = measure(x, mask, layout.reduce_axes, _checks.compute_dtype(x.dtype))
+    if layout.names:
+        moments = pool_over_devices(moments, layout.names)
+    y, mean, var = _normalized(layout, params, x, eps, moments, mask)
+    return y, as_stats(mean, var, moments.count)
+
+
+@_compiled
+def _evaluate(layout, params, state, x, eps, mask):
+    dtype = _checks.compute_dtype(x.dtype)
+    mean, var, nothing = (v.astype(dtype) for v in (state.mean, state.var, jnp.zeros_like(state.mean)))
+    y, mean, var = _normalized(layout, params, x, eps, Moments(mean, nothing, var, nothing), mask)
+    return y, as_stats(mean, var, nothing)
+
+
+def _normalized(layout, params, x, eps, moments, mask):
+    """The kernel, with γ = 1 and β = 0 where they were left out, all in the dtype of the moments."""
+    dtype = moments.mean.dtype
+    gamma = jnp.ones_like(moments.mean) if params.gamma is None else jnp.asarray(params.gamma, dtype)
+    beta = jnp.zeros_like(moments.mean) if params.beta is None else jnp.asarray(params.beta, dtype)
+    return normalize(layout, x, gamma, beta, jnp.asarray(eps, dtype), moments, mask)
+
+
+def bn_update_stats(
+    state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool = True, unbiased: bool = True
+) -> Any:
+    """Moves running statistics towards those of a batch: running ← (1−w)·running + w·batch.
+
+    With ``debias`` w = (1−d)/(1−dᵗ) at update t and momentum d: the first update copies the batch, so
+    that the (0, 1) start never leaks in; without it w = 1−d. Each channel stands alone: one whose
+    stats have count 0, or hold a NaN or an infinity, stays exactly as it was.
+
+    Args:
+        state: a `BNState` with fields of shape (C,), or any pytree (dict, list, tuple, NamedTuple,
+            dataclass) with one for each batch norm; a None takes any stats and stays None.
+        stats: `BNStats` from `bn_apply` at the same places.
+        momentum: d in [0, 1], the share of the running statistic that is kept; may be traced. 0.0
+            replaces; 1.0 with ``debias`` is w = 1/t, the plain average of all batches.
+        debias: whether w corrects for the start, as Adam does (static).
+        unbiased: whether the running variance takes σ²·m/(m−1) (static); m ≤ 1 keeps σ².
+
+    Returns:
+        The new state, same structure, shapes and dtypes. It carries no gradient.
+
+    Raises:
+        TypeError: not a `BNState`, or not `BNStats`; a flag or momentum of another type.
+        ValueError: structures or shapes that do not match (with the path), momentum outside [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jbn import BNStats, bn_init, bn_update_stats
+        >>> _, state = bn_init(1)
+        >>> stats = BNStats(jnp.array([5.0]), jnp.array([3.0]), jnp.array([4.0]))
+        >>> bn_update_stats(state, stats)
+        BNState(mean=Array([5.], dtype=float32), var=Array([4.], dtype=float32), count=Array([1], dtype=int32))
+
+    Flax and Keras: momentum is the share kept, ``debias=False``, ``unbiased=False``. PyTorch: its
+    momentum is 1−d, ``debias=False``, ``unbiased=True``; its ``momentum=None`` is 1.0 with debias.
+
+    References:
+        Ioffe & Szegedy 2015, Algorithm 2; Kingma & Ba 2015, section 3, for the correction.
+    """
+    momentum = _checks.as_momentum(momentum)
+    options = (_checks.as_flag("debias", debias), _checks.as_flag("unbiased", unbiased))
+
+    def update(node, seen, *, path):
+        _checks.as_matching(path, node, seen)
+        return _updated(options, node, seen, momentum)
+
+    return map_nodes(update, (("state", BNState), ("stats", BNStats)), state, stats)
+
+
+@_compiled
+def _updated(options, state, stats, momentum):
+    debias, unbiased = options
+    mean, var, m = lax.stop_gradient(stats)
+    if unbiased:
+        var = var * jnp.where(m > 1, m / jnp.maximum(m - 1, 1), 1).astype(var.dtype)
+    mean, var = mean.astype(state.mean.dtype), var.astype(state.var.dtype)
+    usable = (m > 0) & jnp.isfinite(m) & jnp.isfinite(mean) & jnp.isfinite(var)
+    count = jnp.minimum(state.count, jnp.iinfo(state.count.dtype).max - 1) + 1
+    w = _weight(count, jnp.asarray(momentum, state.mean.dtype), debias)
+
+    def moved(running, batch):
+        blended = jnp.where(w == 1, batch, (1 - w) * running + w * batch)
+        return lax.stop_gradient(jnp.where(usable, blended, running))
+
+    return BNState(moved(state.mean, mean), moved(state.var, var), jnp.where(usable, count, state.count))
+
+
+def _weight(count, momentum, debias):
+    """w of the batch at update t = ``count``, in a form that keeps its digits for momentum close to 1."""
+    left = 1 - momentum
+    if not debias:
+        return left
+    t = count.astype(momentum.dtype)
+    w = left / -jnp.expm1(t * jnp.log1p(-left))
+    return jnp.where(t == 1, 1, jnp.where(left == 0, 1 / t, w))
+
+
+def normalize_inputs(
+    x: Any, stats: BNStats | None = None, *, axis: int | tuple[int, ...] = -1, eps: Any = 0.0
+) -> tuple[jax.Array, BNStats]:
+    """Standardizes inputs with the statistics of the training set: z = (x−μ)/√(σ²+ε).
+
+    Args:
+        x: the data, with the feature sizes C along ``axis``; integers become float32.
+        stats: None for the training set; for the test set, the `BNStats` that the training set gave.
+        axis: the feature axis, or axes (static).
+        eps: ε ≥ 0, added to the variance.
+
+    Returns:
+        ``(z, stats)``: z of x's shape (and dtype, if floating) and the statistics used, (C,). A
+        feature that is constant in the training set gives 0.
+
+    Raises:
+        TypeError: x not real numbers, ``stats`` not `BNStats`.
+        ValueError: ``axis`` or the shape of ``stats`` does not fit, ``eps`` < 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jbn import normalize_inputs
+        >>> z, stats = normalize_inputs(jnp.array([[1.0, 7.0], [3.0, 7.0]]))
+        >>> z
+        Array([[-1.,  0.],
+               [ 1.,  0.]], dtype=float32)
+        >>> z_test, _ = normalize_inputs(jnp.array([[5.0, 7.0]]), stats)
+        >>> z_test
+        Array([[3., 0.]], dtype=float32)
+
+    Keras has a ``Normalization`` layer for this, scikit-learn a ``StandardScaler``.
+
+    References:
+        LeCun, Bottou, Orr & Müller 1998, "Efficient BackProp", section 4.3.
+    """
+    x = _checks.as_data("x", x)
+    axes = _checks.as_axes(axis, x.ndim)
+    reduce_axes = tuple(a for a in range(x.ndim) if a not in axes)
+    eps = _checks.as_input_eps(eps)
+    if stats is not None:
+        stats = _checks.as_stats(stats, tuple(x.shape[a] for a in axes))
+    return _standardized(reduce_axes, x, stats, eps)
+
+
+@_compiled
+def _standardized(reduce_axes, x, stats, eps):
+    dtype = _checks.compute_dtype(x.dtype)
+    if stats is None:
+        moments = measure(x, None, reduce_axes, dtype)
+        # Rounding leaves a constant feature a variance of some 1e-16: it is 0, and so is its output.
+        least, most = (jnp.min(x, reduce_axes, initial=jnp.inf), jnp.max(x, reduce_axes, initial=-jnp.inf))
+        moments = moments._replace(var=jnp.where(least < most, moments.var, 0 * moments.mean))
+    else:
+        mean, var, count = (leaf.astype(dtype) for leaf in stats)
+        moments = Moments(mean, jnp.zeros_like(mean), var, count)
+    layout = Layout(reduce_axes, (), train=False)
+    spread = moments.var + jnp.asarray(eps, dtype)
+    gamma = jnp.where(spread > 0, 1, 0).astype(dtype)
+    safe = moments._replace(var=jnp.where(spread > 0, spread, 1))
+    z, _, _ = normalize(layout, x, gamma, jnp.zeros_like(gamma), jnp.zeros((), dtype), safe, None)
+    return z, as_stats(moments.mean + moments.delta, moments.var, moments.count)

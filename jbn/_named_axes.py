@@ -1,0 +1,103 @@
+"""Named axes and barriers: what the arithmetic needs of the machine, and nothing else.
+
+Inside ``shard_map`` each array's type says along which mesh axes it varies, and collectives come in a
+form whose result is known to be the same everywhere; ``vmap``, ``pmap`` and unchecked ``shard_map``
+know neither. These functions are the one place that tells the two apart.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+
+__all__ = ["add", "all_gather", "axis_total", "enter", "psum", "separate", "to_varying", "varying_axes"]
+
+
+def _barrier(*arrays):
+    return lax.optimization_barrier(arrays)
+
+
+def _identity(*arrays):
+    return arrays
+
+
+def separate(tree: Any) -> Any:
+    """The same arrays, as values that XLA:CPU does not merge with other uses of them.
+
+    XLA:CPU pulls a conversion, a subtraction or even a broadcast into a reduction only if that reduction
+    is its one user; shared, it is written to memory at full size. Its compiler drops the barrier before
+    it fuses, so copies cost nothing there. Elsewhere barriers cost passes: none is emitted. Two calls
+    give different values only if their trees hold different arrays.
+    """
+    arrays, structure = jax.tree.flatten(tree)
+    # Older versions of JAX type all results of a barrier alike, so its operands are made alike first.
+    varying = frozenset[Any]().union(*map(varying_axes, arrays))
+    arrays = (to_varying(array, varying) for array in arrays)
+    return jax.tree.unflatten(structure, lax.platform_dependent(*arrays, cpu=_barrier, default=_identity))
+
+
+def add(dtype: Any, *terms: jax.Array) -> jax.Array:
+    """The sum of the terms, in ``dtype``; on a CPU its transpose reads the cotangent once for each term.
+
+    The transpose of a barrier is a barrier, so the cotangent comes back as one value for each term, and
+    in a narrow dtype each is converted inside the reduction that uses it. The price is paid by narrow
+    forward-mode tangents on a CPU: each term is rounded to ``dtype`` before the sum.
+    """
+    return lax.platform_dependent(*terms, cpu=partial(_add_apart, dtype), default=partial(_add, dtype))
+
+
+def _add(dtype, *terms):
+    return sum(terms).astype(dtype)
+
+
+def _add_apart(dtype, *terms):
+    wide = terms[0].dtype
+    apart = lax.optimization_barrier(tuple(term.astype(dtype) for term in terms))
+    return sum(term.astype(wide) for term in apart).astype(dtype)
+
+
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The mesh axes along which ``x`` varies, by its type; empty outside a checked ``shard_map``."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def to_varying(x: jax.Array, names: Any) -> jax.Array:
+    """``x`` typed as varying along those ``names`` along which it is not yet."""
+    missing = tuple(name for name in names if name not in varying_axes(x))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def enter(x: jax.Array, names: tuple[Any, ...]) -> jax.Array:
+    """``x`` as one device's share along the named axes, also where it is the same on all of them."""
+    return to_varying(x, _checked(names))
+
+
+def _checked(names: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of the ``names`` that a checked ``shard_map`` binds."""
+    return tuple(name for name in names if name in varying_axes(lax.axis_index(name)))
+
+
+def axis_total(names: tuple[Any, ...]) -> int:
+    """How many devices (or batch members) the named axes hold together."""
+    try:
+        return math.prod(lax.axis_size(name) for name in names)
+    except NameError:
+        shown = names[0] if len(names) == 1 else names
+        raise ValueError(
+            f"axis_name: got {shown!r}, which is not bound here; expected the name of an enclosing axis; "
+            f"call inside shard_map, pmap or vmap with that axis_name, or leave it out."
+        ) from None
+
+
+def all_gather(x: jax.Array, names: tuple[Any, ...]) -> jax.Array:
+    """(D, …) the ``x`` of every device along the named axes, typed as the same everywhere if that can be."""
+    if _checked(names) == names:
+        return lax.all_gather(to_varying(x, names), names, to="invarying")
+    return lax.all_gather(x, names)
+
+
+def psum(x: jax.Array, names: tuple[Any, ...]) -> jax.Array:
+    """The sum over all devices along the named axes."""
+    return lax.psum(x, names) if names else x

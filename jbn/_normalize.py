@@ -1,0 +1,144 @@
+"""The kernel: normalize by given moments, and its one derivative rule.
+
+Forward, for each channel, with r = 1/√(σ²+ε) and x̂ = (x−μ)·r:
+
+    y = γ·x̂ + β
+
+In training μ and σ² are the moments of x, so that ẋ moves them too: μ̇ = mean(ẋ) and
+½·(σ²)˙ = mean((x−μ)·ẋ). Put in, and grouped per channel *before* anything meets x̂:
+
+    ẏ = x̂·(γ̇ − γr·A) + (β̇ − γr·B) + γr·ẋ,     A = ½·r·((σ²)˙ + ε̇),  B = μ̇
+
+The order is the cost. Transposed, this has two reductions, Σg·x̂ and Σg: they are the gradients of γ
+and β, and all that A and B need as well; one residual of the size of x, which is x; and under
+``axis_name`` one collective, because the two vectors travel together. In the textbook order the same
+mathematics costs four reductions and two collectives. In evaluation A and B come from the tangents
+of the running statistics, and the rest is the same.
+
+One ``custom_jvp`` gives forward mode, reverse mode and all higher orders: the rule calls the kernel,
+whose outputs include μ and σ², so what it computes from them is differentiated right again.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jbn._moments import Moments
+from jbn._named_axes import add, psum, separate, to_varying, varying_axes
+
+__all__ = ["Layout", "normalize"]
+
+# Only the arguments of such a piece are kept for backward: x in its own dtype and vectors of size C.
+# Its intermediates, x − μ in float32 above all, are made again inside the fusion that needs them.
+_recomputed = partial(
+    jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable, static_argnums=(0,)
+)
+
+
+class Layout(NamedTuple):
+    """What is static about a call."""
+
+    reduce_axes: tuple[int, ...]
+    names: tuple[Any, ...]  # named axes over which the moments were pooled
+    train: bool  # whether the moments are those of x
+
+
+class _Known(NamedTuple):
+    """What both pieces of the rule read, and differentiation does not move."""
+
+    x: jax.Array
+    mean: jax.Array
+    delta: jax.Array
+    r: jax.Array
+    mask: jax.Array | None
+
+
+def normalize(
+    layout: Layout,
+    x: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array,
+    eps: jax.Array,
+    moments: Moments,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (y, μ, σ²): y in x's dtype, μ and σ² with the derivative that they have as moments of x."""
+    if layout.train:
+        moments = lax.stop_gradient(moments)
+    y, mean, var = _kernel(layout, x, gamma, beta, eps, moments, mask)
+    return y, mean + moments.delta, var
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _kernel(layout, x, gamma, beta, eps, moments, mask):
+    mean, delta, var, _ = moments
+    r = lax.rsqrt(var + eps)
+    scale, shift = _over(layout, gamma * r, beta)
+    centred, _ = _present(layout, _Known(x, mean, delta, r, mask))
+    y = centred * scale + shift
+    return y.astype(x.dtype), mean, var
+
+
+@_kernel.defjvp
+def _rule(layout, primals, tangents):
+    x, gamma, _, eps, moments, mask = primals
+    x_dot, gamma_dot, beta_dot, eps_dot, moments_dot, _ = tangents
+    y, mean, var = _kernel(layout, *primals)
+    r = lax.rsqrt(var + eps)
+    scale = gamma * r
+    known = _Known(x, mean, moments.delta, r, mask)
+    x_dot = x_dot.astype(r.dtype)  # once: transposed, both parts of dx are added before they are rounded
+    if layout.train:
+        sums = psum(_tangent_sums(layout, known, x_dot), layout.names)
+        half_var_dot, mean_dot = sums / jnp.maximum(moments.count, 1)
+    else:
+        half_var_dot, mean_dot = moments_dot.var / 2, moments_dot.mean + moments_dot.delta
+    moved = jnp.stack((r * (half_var_dot + eps_dot / 2), mean_dot))
+    coefficients = jnp.stack((gamma_dot, beta_dot)) - scale * moved
+    coefficients = to_varying(coefficients, varying_axes(x))  # once for both: transposed, one collective
+    y_dot = _tangent(layout, known, scale, coefficients, x_dot)
+    return (y, mean, var), (y_dot, mean_dot, 2 * half_var_dot)
+
+
+@_recomputed
+def _tangent_sums(layout, known, x_dot):
+    """(2, C): Σ(x−μ)·ẋ and Σẋ over the values that count."""
+    x, mean, delta, mask = separate((known.x, known.mean, known.delta, known.mask))
+    centred = _centred(layout, x, mean, delta)
+    if mask is not None:
+        centred, x_dot = jnp.where(mask, centred, 0), jnp.where(mask, x_dot, 0)
+    return jnp.stack([jnp.sum(v, layout.reduce_axes) for v in (centred * x_dot, x_dot)])
+
+
+@_recomputed
+def _tangent(layout, known, scale, coefficients, x_dot):
+    """ẏ = x̂·p + q + γr·ẋ, for p and q the two rows of ``coefficients``."""
+    known = separate(known)
+    centred, present = _present(layout, known)
+    if present is not None:
+        x_dot = jnp.where(present, x_dot, 0)
+    p, q, scale = _over(layout, coefficients[0] * known.r, coefficients[1], scale)
+    return add(known.x.dtype, centred * p, jnp.broadcast_to(q, known.x.shape), x_dot * scale)
+
+
+def _over(layout, *vectors):
+    """Vectors of shape (C,), laid out to broadcast against x."""
+    return tuple(lax.expand_dims(v, layout.reduce_axes) for v in vectors)
+
+
+def _centred(layout, x, mean, delta):
+    mean, delta = _over(layout, mean, delta)
+    return (x.astype(mean.dtype) - mean) - delta
+
+
+def _present(layout, known):
+    """x − μ, and where x counts as itself: a masked value that is not finite once normalized counts as μ."""
+    centred = _centred(layout, known.x, known.mean, known.delta)
+    if known.mask is None:
+        return centred, None
+    (r,) = _over(layout, known.r)
+    present = known.mask | jnp.isfinite(centred * r)
+    return jnp.where(present, centred, 0), present
