@@ -1,0 +1,232 @@
+"""One training step for any network of pure functions and any optax optimizer. Knows no model."""
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jbn import _checks
+from jbn._core import bn_update_stats
+from jbn._moments import bn_merge_stats
+from jbn._named_axes import axis_total, enter, varying_axes
+
+__all__ = ["TrainState", "make_train_step"]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step.
+
+    Attributes:
+        params: what is learned, any pytree of floating-point arrays.
+        bn_state: the running statistics, a pytree with a `BNState` for each batch norm.
+        opt_state: what ``optimizer.init(params)`` made.
+        step: () int32, how many steps were made, skipped ones included; saturates, never wraps.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jbn.networks import mlp
+        >>> from jbn.training import TrainState
+        >>> optimizer = optax.adam(1e-3)
+        >>> params, bn_state = mlp((4, 8, 3)).init(jax.random.key(0))
+        >>> train_state = TrainState(params, bn_state, optimizer.init(params), jnp.zeros((), jnp.int32))
+        >>> train_state.step
+        Array(0, dtype=int32)
+    """
+
+    params: Any
+    bn_state: Any
+    opt_state: Any
+    step: jax.Array  # () int32
+
+
+def make_train_step(
+    apply: Callable[..., tuple[Any, Any]],
+    loss_fn: Callable[[Any, Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    momentum: Any = 0.9,
+    accumulate: int = 1,
+    axis_name: Any = None,
+    skip_nonfinite: bool = True,
+) -> Callable[[TrainState, tuple[Any, Any]], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes a pure ``step(train_state, (x, y)) -> (train_state, metrics)``, for you to jit.
+
+    One step: the gradient of ``loss_fn(outputs, y)``, one update by the optimizer, and one of the running
+    statistics with what the batch showed.
+
+    Args:
+        apply: ``apply(params, bn_state, x, train=True) -> (outputs, stats)``, as `Network.apply`.
+        loss_fn: ``loss_fn(outputs, y)``, a scalar mean over the examples.
+        optimizer: any optax optimizer; those that look at the loss (`optax.lbfgs`,
+            `optax.contrib.reduce_on_plateau`) are given it.
+        momentum: share of the running statistics that is kept, as in `bn_update_stats`.
+        accumulate: k, to split the batch into k consecutive microbatches that are run one after the
+            other: memory for one of them, the mean of their gradients and losses, and their statistics
+            merged exactly into one update. Each is normalized by itself, as in a batch of its size.
+        axis_name: name, or names, of the mesh axes of an enclosing `jax.shard_map` over which the batch
+            is split (same size on each device) and the train state replicated. It is passed on to
+            ``apply``; train state and metrics come out replicated, equal to a step on the whole batch.
+        skip_nonfinite: whether a step whose loss or any gradient is not finite changes nothing but
+            ``step``: no parameter, running statistic or optimizer state.
+
+    Returns:
+        ``step``. Its metrics are ``"loss"``, () at least float32, and ``"skipped"``, () bool. The train
+        state keeps its structure, shapes and dtypes: donate it, or carry it through `jax.lax.scan`.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: ``accumulate`` below 1 or, in the step, not dividing the batch; ``momentum`` outside
+            [0, 1]; a loss that is no scalar; an unbound ``axis_name``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jbn.networks import mlp
+        >>> from jbn.training import TrainState, make_train_step
+        >>> init, apply = mlp((2, 16, 2))
+        >>> def loss_fn(outputs, y):
+        ...     return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+        >>> optimizer = optax.adam(1e-2)
+        >>> step = jax.jit(make_train_step(apply, loss_fn, optimizer), donate_argnums=0)
+        >>> params, bn_state = init(jax.random.key(0))
+        >>> train_state = TrainState(params, bn_state, optimizer.init(params), jnp.zeros((), jnp.int32))
+        >>> x = jax.random.normal(jax.random.key(1), (64, 2))
+        >>> y = (x[:, 0] * x[:, 1] > 0).astype(jnp.int32)
+        >>> for _ in range(100):
+        ...     train_state, metrics = step(train_state, (x, y))
+        >>> bool(metrics["loss"] < 0.3), int(train_state.step)
+        (True, 100)
+
+    Keras: ``model.fit``. Flax: a ``TrainState`` with ``batch_stats`` added by hand.
+
+    References:
+        Ioffe & Szegedy 2015, Algorithm 2.
+    """
+    _checks.as_momentum(momentum)
+    names = _checks.as_names(axis_name)
+    parts = _as_accumulate(accumulate)
+    guarded = _checks.as_flag("skip_nonfinite", skip_nonfinite)
+    optimizer = optax.with_extra_args_support(optimizer)
+    options = {"train": True, "axis_name": axis_name} if names else {"train": True}
+
+    def objective(params, bn_state, batch):
+        x, y = batch
+        outputs, stats = apply(params, bn_state, x, **options)
+        loss = _as_loss(loss_fn(outputs, y))
+        # Before it is differentiated: a mean of gradients would come on top of JAX's own sum of them.
+        return (lax.pmean(loss, names) if names else loss), stats
+
+    def step(train_state, batch):
+        params, bn_state, opt_state, count = train_state
+        if names:
+            axis_total(names)  # an unbound name is an error that says so
+        micro = _split(batch, parts)
+        loss, stats, grads = _mean_gradient(objective, params, bn_state, micro, parts, names)
+
+        def value_fn(params):
+            losses = lax.map(lambda one: objective(params, bn_state, one)[0], micro)
+            return jnp.mean(losses)
+
+        updates, new_opt_state = optimizer.update(
+            grads, opt_state, params, value=loss, grad=grads, value_fn=value_fn
+        )
+        new = (
+            optax.apply_updates(params, updates),
+            bn_update_stats(bn_state, stats, momentum=momentum),
+            new_opt_state,
+        )
+        skipped = jnp.zeros((), bool)
+        if guarded:
+            finite = [jnp.all(jnp.isfinite(leaf)) for leaf in (loss, *jax.tree.leaves(grads))]
+            skipped = ~jnp.all(jnp.stack(finite))
+            new = jax.tree.map(lambda old, now: jnp.where(skipped, old, now), train_state[:3], new)
+        return TrainState(*new, optax.safe_increment(count)), {"loss": loss, "skipped": skipped}
+
+    return step
+
+
+def _mean_gradient(objective, params, bn_state, micro, parts, names):
+    """Mean loss, merged statistics and mean gradient over the microbatches, stacked along axis 0.
+
+    Parameters are marked as each device's own, so that devices add up their gradients once a step and
+    not once for each microbatch and parameter.
+    """
+    own = jax.tree.map(lambda p: enter(p, names), params)
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def one(total, batch):
+        (loss, stats), grads = gradient(own, bn_state, batch)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, grads), (loss, stats)
+
+    if parts == 1:
+        (loss, stats), grads = gradient(own, bn_state, jax.tree.map(lambda leaf: leaf[0], micro))
+    else:
+        zeros = jax.tree.map(
+            lambda p: enter(jnp.zeros(p.shape, _checks.compute_dtype(p.dtype)), names), params
+        )
+        total, (losses, stacked) = lax.scan(one, zeros, micro)
+        loss, stats = jnp.mean(losses), bn_merge_stats(stacked, axis=0)
+        grads = jax.tree.map(lambda t, p: (t / parts).astype(p.dtype), total, params)
+    return loss, stats, _over_devices(grads, names)
+
+
+def _over_devices(grads, names):
+    """The gradient of the mean loss, from each device's share of it.
+
+    In a checked ``shard_map`` the derivative of a mean over D devices reaches each of them as 1/D, so that
+    the shares are summed. ``pmap``, ``vmap`` and unchecked ``shard_map`` transpose a sum to a sum: there it
+    reaches each as 1, and they are averaged.
+    """
+    checked = tuple(name for name in names if name in varying_axes(lax.axis_index(name)))
+    unchecked = tuple(name for name in names if name not in checked)
+    if checked:
+        grads = lax.psum(grads, checked)
+    return lax.pmean(grads, unchecked) if unchecked else grads
+
+
+def _split(batch: Any, parts: int) -> Any:
+    """The batch as ``parts`` consecutive microbatches, stacked along a new axis 0."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(
+            f"batch: got {type(batch).__name__}; expected (x, y); call step(train_state, (x, y))."
+        )
+    batch = jax.tree.map(jnp.asarray, tuple(batch))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(batch)]
+    if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
+        raise ValueError(
+            f"batch: got shapes {shapes}; expected one leading size, the examples; give each x its y."
+        )
+    size = shapes[0][0]
+    if size % parts:
+        raise ValueError(
+            f"accumulate: got {parts} for a batch of {size}; expected a divisor of the batch size; "
+            f"use another accumulate, or leave the last, short batch out."
+        )
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), batch)
+
+
+def _as_accumulate(accumulate: Any) -> int:
+    """How many microbatches, at least 1."""
+    try:
+        if isinstance(accumulate, bool):
+            raise TypeError
+        parts = operator.index(accumulate)
+    except TypeError:
+        raise TypeError(f"accumulate: got {accumulate!r}; expected an int; pass accumulate=1.") from None
+    if parts < 1:
+        raise ValueError(f"accumulate: got {parts}; expected at least 1; pass accumulate=1 for no splitting.")
+    return parts
+
+
+def _as_loss(loss: Any) -> jax.Array:
+    """A real scalar, at least float32."""
+    loss = jnp.asarray(loss)
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(
+            f"loss_fn: got shape {loss.shape} and dtype {loss.dtype}; expected a real scalar, the mean over "
+            f"the examples; end it with .mean()."
+        )
+    return loss.astype(_checks.compute_dtype(loss.dtype))
