@@ -13,8 +13,8 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # The opt-out, in one place: files whose code runs other libraries, which promote dtypes and ranks
 # implicitly and warn as they like. A file counts by its name without ``test_``, with the folders above it.
