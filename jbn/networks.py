@@ -125,7 +125,8 @@ def mlp(
         stats: list[Any] = []
         for i, (layer, running) in enumerate(zip(params, state, strict=True)):
             W, b = layer["W"].astype(a.dtype), layer["b"].astype(a.dtype)
-            z = a @ W + (lax.stop_gradient(b) if normed[i] and norm == "z" else b)
+            b = lax.stop_gradient(b) if normed[i] and norm == "z" else b
+            z = a @ W + lax.expand_dims(b, range(a.ndim - 1))
             if i == layers - 1:
                 return z, [*stats, None]
             seen = None

@@ -130,14 +130,12 @@ def make_train_step(
             losses = lax.map(lambda one: objective(params, bn_state, one)[0], micro)
             return jnp.mean(losses)
 
-        updates, new_opt_state = optimizer.update(
-            grads, opt_state, params, value=loss, grad=grads, value_fn=value_fn
-        )
-        new = (
-            optax.apply_updates(params, updates),
-            bn_update_stats(bn_state, stats, momentum=momentum),
-            new_opt_state,
-        )
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the caller's setting
+            updates, new_opt_state = optimizer.update(
+                grads, opt_state, params, value=loss, grad=grads, value_fn=value_fn
+            )
+            new_params = optax.apply_updates(params, updates)
+        new = (new_params, bn_update_stats(bn_state, stats, momentum=momentum), new_opt_state)
         skipped = jnp.zeros((), bool)
         if guarded:
             finite = [jnp.all(jnp.isfinite(leaf)) for leaf in (loss, *jax.tree.leaves(grads))]
