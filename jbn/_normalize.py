@@ -93,11 +93,11 @@ def _rule(layout, primals, tangents):
     x_dot = x_dot.astype(r.dtype)  # once: transposed, both parts of dx are added before they are rounded
     if layout.train:
         sums = psum(_tangent_sums(layout, known, x_dot), layout.names)
-        half_var_dot, mean_dot = sums / jnp.maximum(moments.count, 1)
+        half_var_dot, mean_dot = sums / jnp.maximum(moments.count, 1)[None]
     else:
         half_var_dot, mean_dot = moments_dot.var / 2, moments_dot.mean + moments_dot.delta
     moved = jnp.stack((r * (half_var_dot + eps_dot / 2), mean_dot))
-    coefficients = jnp.stack((gamma_dot, beta_dot)) - scale * moved
+    coefficients = jnp.stack((gamma_dot, beta_dot)) - scale[None] * moved
     coefficients = to_varying(coefficients, varying_axes(x))  # once for both: transposed, one collective
     y_dot = _tangent(layout, known, scale, coefficients, x_dot)
     return (y, mean, var), (y_dot, mean_dot, 2 * half_var_dot)
