@@ -238,7 +238,7 @@ def test_eager_gradients_are_those_under_jit():
 
 
 def test_running_statistics_carry_no_gradient():
-    ours, _, args = functions("rows", train=True)
+    _, _, args = functions("rows", train=True)
     state = BNState(args[4], args[5], jnp.ones_like(args[4], jnp.int32))
 
     def loss(x, mean, momentum):
