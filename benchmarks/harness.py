@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
     "jax": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "KERAS_BACKEND": "jax"},
-    "torch": {},
+    "torch": {"OMP_WAIT_POLICY": "passive"},
     # glibc keeps freed memory instead of handing it back, so that torch pays no page faults.
     "torch_tuned": {
+        "OMP_WAIT_POLICY": "passive",
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "MALLOC_TOP_PAD_": str(1 << 28),
@@ -31,7 +32,7 @@ class Engine:
     """A worker process, asked for one thing at a time."""
 
     def __init__(self, name: str):
-        environment = {**os.environ, **ENVIRONMENT[name]}
+        environment = {**ENVIRONMENT[name], **os.environ}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), name],
             stdin=subprocess.PIPE,
