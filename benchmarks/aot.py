@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs, so two may compile at once
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -36,6 +37,17 @@ TARGETS = {
 # g comes after y: the third has a barrier between forward and backward, and updates the running statistics.
 PROGRAMS = ("forward", "forward+backward", "training step", "conv+BN+relu+conv")
 USUAL = ("jbn", "linen", "linen_two_pass", "plain", "jbn_masked", "linen_masked")
+
+
+ABOUT = """\
+Forward+backward gives y, dx, dγ and dβ for a cotangent g that is there from the start, so that y may be made
+together with dx. The training step is what a network sees: g comes after y, and the running statistics are
+updated. The block of two 3×3 convolutions gives the gradients of x and of all weights.
+
+Passes: the bytes that all kernels read and write, over the bytes of x. Of a conditional the cheapest branch
+counts, the one that ordinary data takes (a second pass over x, for data whose mean is far from 0, is in the
+other). In brackets the compiler's own count, where it gives one: it counts the dearest branch, and whole
+tiles where a slice is read. Temporaries: memory beyond arguments and results, over the bytes of x."""
 
 
 @dataclasses.dataclass
@@ -64,14 +76,14 @@ def program(name: str, layer: Any, case: Case) -> tuple[Any, tuple[tuple[int, ..
         return lambda params, state, x, g: layer.apply(params, state, x)[0], ()
 
     def forward_and_backward(params, state, x, g):
-        y, pullback = jax.vjp(lambda x, params: layer.apply(params, state, x)[0], x, params)
+        y, pullback = jax.vjp(lambda params, x: layer.apply(params, state, x)[0], params, x)
         return y, *pullback(g)
 
     if name == "forward+backward":
         return forward_and_backward, ()
 
     def training_step(params, state, x, g):
-        y, pullback, state = jax.vjp(lambda x, params: layer.apply(params, state, x), x, params, has_aux=True)
+        y, pullback, state = jax.vjp(lambda params, x: layer.apply(params, state, x), params, x, has_aux=True)
         y, g = jax.lax.optimization_barrier((y, g))
         return y, *pullback(g), state
 
@@ -122,13 +134,7 @@ def page(rows: list[Row], line: str, shape: tuple[int, ...], notes: list[str]) -
     parts = [
         "# Ahead of time: what the compiler makes of one batch norm",
         line,
-        f"x is {'×'.join(map(str, shape))}, channels last. Forward+backward gives y, dx, dγ and dβ for a "
-        "cotangent g that is there from the start, so that y may be made together with dx. The training step is "
-        "what a network sees: g comes after y, and the running statistics are updated. The block of two "
-        "3×3 convolutions gives the gradients of x and of all weights. Passes: the bytes that all kernels read and write, over the bytes of x; of a conditional the "
-        "cheapest branch counts, which ordinary data takes (jbn's second pass over x, for data whose mean is "
-        "far from 0, is in the other one). In brackets the compiler's own count, where it gives one; it counts "
-        "the dearest branch. Temporaries: memory beyond arguments and results, over the bytes of x.",
+        f"x is {'×'.join(map(str, shape))}, channels last. {ABOUT}",
         *notes,
     ]
     for target in dict.fromkeys(row.target for row in rows):

@@ -1,4 +1,4 @@
-"""What every benchmark shares: turns in random order, medians with their spread, and the three files written."""
+"""What every benchmark shares: turns in random order, medians with their spread, the files written."""
 
 import datetime
 import json
@@ -77,7 +77,7 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """Round by round: what the machine does slowly cancels, because both took their turn in the same round."""
+    """Round by round: the machine's slow drift cancels, because both took their turn in the same round."""
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
 
 
@@ -100,7 +100,7 @@ def interleave(
     turn_seconds: float,
     order: random.Random,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times ``contestants`` (name → engine) on one case: in each round every one takes a turn, in random order.
+    """Times ``contestants`` (name → engine) on one case: in each round all take a turn, in random order.
 
     Returns seconds per call for each round, and an error for each contestant that could not run the case.
     """

@@ -103,7 +103,7 @@ class Program:
                 continue
             size = _bytes(computation[operand].type)
             if instruction.op in _SLICES:
-                size = min(size, _bytes(instruction.type))
+                size = min(size, _bytes(instruction.type, everywhere=True))
             if instruction.op == "fusion" and called:
                 size = min(size, self._sliced(called[0], place, size))
             total += size
@@ -117,7 +117,7 @@ class Program:
         )
         users = [i for i in body.values() if parameter in i.operands and i.op != "parameter"]
         if users and all(i.op in _SLICES and i.operands[0] == parameter for i in users):
-            return sum(_bytes(i.type) for i in users)
+            return sum(_bytes(i.type, everywhere=True) for i in users)
         return size
 
 
@@ -144,11 +144,12 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"text: got {text[:60]!r}; expected balanced parentheses; pass compiled.as_text().")
 
 
-def _bytes(type_: str) -> float:
-    """Bytes in main memory of an array type, or of all arrays of a tuple type."""
+def _bytes(type_: str, everywhere: bool = False) -> float:
+    """Bytes of an array type, or of all arrays of a tuple type: in main memory, or in any memory."""
     total = 0.0
     for dtype, sizes, layout in _ARRAY.findall(type_):
-        if re.search(r"S\([1-9]", layout or "") or dtype in ("token", "opaque", "u8"):
+        off_chip = everywhere or not re.search(r"S\([1-9]", layout or "")
+        if not off_chip or dtype in ("token", "opaque", "u8"):
             continue
         bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
         total += math.prod(int(n) for n in sizes.split(",") if n) * bits / 8

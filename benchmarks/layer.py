@@ -86,8 +86,8 @@ def page(run: Run) -> str:
         "# One batch norm layer",
         harness.machine_line(run.about, run.versions, run.device),
         f"{run.settings['steps']} dependent calls in one jit (one eager chain in torch), "
-        f"{run.settings['rounds']} rounds in random order. Each figure is a contestant's time over that of jbn "
-        "in the same round: the median (and quartiles) over the rounds. Above 1 the contestant is slower.",
+        f"{run.settings['rounds']} rounds in random order. Each figure is a contestant's time over that of "
+        "jbn in the same round: the median (and quartiles) of the rounds. Above 1 the contestant is slower.",
         *(f"Skipped: {CONTESTANTS[name].title}, {why}." for name, why in run.skipped.items()),
         "## Geometric mean over the shapes",
         harness.markdown_table(

@@ -15,6 +15,7 @@ import time
 import traceback
 
 REST = 0.02  # s; longer than the OpenMP and Eigen thread pools spin by default
+# Distributions whose versions are reported.
 PACKAGES = {
     "jax": ("jax", "jaxlib", "jbn", "flax", "dm-haiku", "equinox", "keras"),
     "torch": ("torch",),
@@ -60,16 +61,17 @@ class _Worker:
 
     def prepare(self, name, case, turn_seconds):
         """Builds and warms one contestant: compilation, two more chains, and how many fill a turn."""
-        import contestants
+        import chains
+        from contestants import Case
 
-        case = contestants.Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
+        case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
         try:
             if name == "copy":
-                chain = contestants.copy_chain(case)
+                chain = chains.copy_chain(case)
             elif self.engine == "jax":
-                chain = contestants.jax_chain(name, case)
+                chain = chains.jax_chain(name, case)
             else:
-                chain = contestants.torch_chain(name, case)
+                chain = chains.torch_chain(name, case)
             start = time.perf_counter()
             chain()
             compiled = time.perf_counter()
