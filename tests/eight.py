@@ -37,7 +37,6 @@ MASKS = {
     "one shard only": _rows([0, 0, 4, 0, 0, 0, 0, 0]),
     "differing between channels": jnp.asarray(np.random.default_rng(3).random((N, C)) < 0.5),
 }
-MASKED = pytest.mark.parametrize("mask", MASKS, ids=str)
 
 
 def loss_of(y, stats, weights, mask):

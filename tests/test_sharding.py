@@ -1,4 +1,4 @@
-"""Sharded arrays without an axis name, explicit meshes, evaluation, and what is an error on several devices."""
+"""Sharded arrays without an axis name, explicit meshes, evaluation, and errors on several devices."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from counting import compile_hlo
-from eight import C, D, N, STATS, assert_close, mesh, problem, unsharded, whole
+from eight import STATS, C, D, N, assert_close, mesh, problem, unsharded, whole
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P

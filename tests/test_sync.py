@@ -8,11 +8,11 @@ import numpy as np
 import plain
 import pytest
 from eight import (
+    MASKS,
+    STATS,
     C,
     D,
-    MASKS,
     N,
-    STATS,
     assert_close,
     loss_of,
     mask_spec,
