@@ -231,8 +231,9 @@ def bn_update_stats(
 def _updated(options, state, stats, momentum):
     debias, unbiased = options
     mean, var, m = lax.stop_gradient(stats)
+    m = m.astype(var.dtype)
     if unbiased:
-        var = var * jnp.where(m > 1, m / jnp.maximum(m - 1, 1), 1).astype(var.dtype)
+        var = var * jnp.where(m > 1, m / jnp.maximum(m - 1, 1), 1)
     mean, var = mean.astype(state.mean.dtype), var.astype(state.var.dtype)
     usable = (m > 0) & jnp.isfinite(m) & jnp.isfinite(mean) & jnp.isfinite(var)
     count = jnp.minimum(state.count, jnp.iinfo(state.count.dtype).max - 1) + 1

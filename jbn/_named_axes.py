@@ -6,7 +6,8 @@ know neither. These functions are the one place that tells the two apart.
 """
 
 import math
-from functools import partial
+import operator
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -41,21 +42,26 @@ def separate(tree: Any) -> Any:
 def add(dtype: Any, *terms: jax.Array) -> jax.Array:
     """The sum of the terms, in ``dtype``; on a CPU its transpose reads the cotangent once for each term.
 
-    The transpose of a barrier is a barrier, so the cotangent comes back as one value for each term, and
-    in a narrow dtype each is converted inside the reduction that uses it. The price is paid by narrow
-    forward-mode tangents on a CPU: each term is rounded to ``dtype`` before the sum.
+    The transpose of a barrier is a barrier, so behind a different number of them the cotangent comes back
+    as a value of its own for each term, and in a narrow dtype each is converted inside the reduction that
+    uses it. The price is paid by narrow forward-mode tangents on a CPU: each term is rounded to ``dtype``
+    before the sum.
     """
     return lax.platform_dependent(*terms, cpu=partial(_add_apart, dtype), default=partial(_add, dtype))
 
 
 def _add(dtype, *terms):
-    return sum(terms).astype(dtype)
+    return reduce(operator.add, terms).astype(dtype)
 
 
 def _add_apart(dtype, *terms):
-    wide = terms[0].dtype
-    apart = lax.optimization_barrier(tuple(term.astype(dtype) for term in terms))
-    return sum(term.astype(wide) for term in apart).astype(dtype)
+    apart = []
+    for depth, term in enumerate(terms):
+        wide, term = term.dtype, term.astype(dtype)
+        for _ in range(depth):
+            term = lax.optimization_barrier(term)
+        apart.append(term.astype(wide))
+    return _add(dtype, *apart)
 
 
 def varying_axes(x: Any) -> frozenset[Any]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jbn._moments import Moments
 from jbn._named_axes import add, psum, separate, to_varying, varying_axes
@@ -82,25 +83,48 @@ def _kernel(layout, x, gamma, beta, eps, moments, mask):
     return y.astype(x.dtype), mean, var
 
 
-@_kernel.defjvp
+@partial(_kernel.defjvp, symbolic_zeros=True)
 def _rule(layout, primals, tangents):
     x, gamma, _, eps, moments, mask = primals
-    x_dot, gamma_dot, beta_dot, eps_dot, moments_dot, _ = tangents
+    x_dot, *vectors_dot = tangents[:5]
     y, mean, var = _kernel(layout, *primals)
     r = lax.rsqrt(var + eps)
     scale = gamma * r
     known = _Known(x, mean, moments.delta, r, mask)
-    x_dot = x_dot.astype(r.dtype)  # once: transposed, both parts of dx are added before they are rounded
-    if layout.train:
+    # What does not move is left out, so that nothing of its size is made or kept.
+    x_moves = _moves(x_dot)
+    vectors_move = _moves(vectors_dot) or (layout.train and x_moves)
+    gamma_dot, beta_dot, eps_dot, moments_dot = _filled(vectors_dot)
+    if x_moves:
+        x_dot = x_dot.astype(r.dtype)  # once: transposed, both parts of dx are added before they are rounded
+    if not layout.train:
+        half_var_dot, mean_dot = moments_dot.var / 2, moments_dot.mean + moments_dot.delta
+    elif x_moves:
         sums = psum(_tangent_sums(layout, known, x_dot), layout.names)
         half_var_dot, mean_dot = sums / jnp.maximum(moments.count, 1)[None]
     else:
-        half_var_dot, mean_dot = moments_dot.var / 2, moments_dot.mean + moments_dot.delta
+        half_var_dot = mean_dot = jnp.zeros_like(mean)
     moved = jnp.stack((r * (half_var_dot + eps_dot / 2), mean_dot))
     coefficients = jnp.stack((gamma_dot, beta_dot)) - scale[None] * moved
     coefficients = to_varying(coefficients, varying_axes(x))  # once for both: transposed, one collective
-    y_dot = _tangent(layout, known, scale, coefficients, x_dot)
+    y_dot = _tangent(layout, known, scale, coefficients if vectors_move else None, x_dot if x_moves else None)
     return (y, mean, var), (y_dot, mean_dot, 2 * half_var_dot)
+
+
+def _is_zero(tangent):
+    return isinstance(tangent, SymbolicZero)
+
+
+def _moves(tangents):
+    """Whether any of them is not known to be zero."""
+    return not all(_is_zero(t) for t in jax.tree.leaves(tangents, is_leaf=_is_zero))
+
+
+def _filled(tangents):
+    """The tangents, with zeros in the place of those that are known to be zero."""
+    return jax.tree.map(
+        lambda t: jnp.zeros(t.shape, t.dtype) if _is_zero(t) else t, tangents, is_leaf=_is_zero
+    )
 
 
 @_recomputed
@@ -115,13 +139,17 @@ def _tangent_sums(layout, known, x_dot):
 
 @_recomputed
 def _tangent(layout, known, scale, coefficients, x_dot):
-    """ẏ = x̂·p + q + γr·ẋ, for p and q the two rows of ``coefficients``."""
+    """ẏ = x̂·p + q + γr·ẋ, for p and q the two rows of ``coefficients``; a None does not move."""
     known = separate(known)
     centred, present = _present(layout, known)
-    if present is not None:
-        x_dot = jnp.where(present, x_dot, 0)
-    p, q, scale = _over(layout, coefficients[0] * known.r, coefficients[1], scale)
-    return add(known.x.dtype, centred * p, jnp.broadcast_to(q, known.x.shape), x_dot * scale)
+    terms = []
+    if coefficients is not None:
+        p, q = _over(layout, coefficients[0] * known.r, coefficients[1])
+        terms += [centred * p, jnp.broadcast_to(q, known.x.shape)]
+    if x_dot is not None:
+        (scale,) = _over(layout, scale)
+        terms.append((x_dot if present is None else jnp.where(present, x_dot, 0)) * scale)
+    return add(known.x.dtype, *terms) if terms else jnp.zeros_like(known.x)
 
 
 def _over(layout, *vectors):
