@@ -155,7 +155,9 @@ def bn_merge_stats(*stats: Any, axis: int | None = None) -> Any:
         Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", equation 2.1.
     """
     if not stats:
-        raise ValueError("stats: got no arguments; expected at least one BNStats; pass what bn_apply returned.")
+        raise ValueError(
+            "stats: got no arguments; expected at least one BNStats; pass what bn_apply returned."
+        )
 
     def merge(*nodes, path):
         fields = [_stacked(node, axis, path) for node in nodes]

@@ -117,8 +117,7 @@ def map_nodes(
             raise ValueError(_mismatch(name + path, tree, _outline(lead, keys), lead_name))
         columns.append(other_children)
     mapped = [
-        map_nodes(fn, expected, *row, path=path + key)
-        for key, *row in zip(keys, *columns, strict=True)
+        map_nodes(fn, expected, *row, path=path + key) for key, *row in zip(keys, *columns, strict=True)
     ]
     return jax.tree.unflatten(treedef, mapped)
 
