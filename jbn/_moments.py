@@ -4,6 +4,7 @@ What is measured here carries no derivative: the rule in ``_normalize`` owns all
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,8 @@ from jbn._pytrees import BNStats, map_nodes
 
 __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_over_devices"]
 
-# One value in so many is read before the others, to find a shift near the mean.
-_SAMPLED = 128
+# How much larger than σ² a mean square may be before the digits that cancel are missed: four bits.
+_CANCELLATION = 16
 
 
 class Moments(NamedTuple):
@@ -29,47 +30,81 @@ class Moments(NamedTuple):
 
 
 def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], dtype: Any) -> Moments:
-    """Moments over ``reduce_axes`` of the values that count, in ``dtype``, at any offset of the data.
+    """Moments over ``reduce_axes`` of the values that count, in ``dtype``, as accurate as two passes.
 
-    The values are shifted by s, the mean of a sample of them, and summed in one further read:
-    μ = s + mean(x−s), σ² = mean((x−s)²) − mean(x−s)². The difference cancels only as far as s is from μ,
-    and the mean of a fraction f of the values *whichever they are* is never further than σ·√((1−f)/f)
-    (Cauchy–Schwarz on the indicator of the sample). So log2(1/f) bits are lost on the worst data there
-    is, and hardly any on data that are not made for it: as good as two passes, for one and 1/128.
-    A mask can empty the sample; there the shift is the mean itself.
+    All of it is one formula: with a shift s, μ = s + mean(x−s) and σ² = mean((x−s)²) − mean(x−s)². The
+    difference loses log2(mean((x−s)²)/σ²) bits, so s must be near μ, and the question is how to find it in
+    less than a read of x. A CPU takes s = 0 and looks at what was lost: a branch is cheap there. On a GPU a
+    branch makes the host wait, and on both it is paid for; there s is the mean of a sample.
     """
     x = lax.stop_gradient(x)
     count = _count(x, mask, reduce_axes, dtype)
-    share = 1 / jnp.maximum(count, 1)
+    parts = lax.platform_dependent(
+        x,
+        mask,
+        1 / jnp.maximum(count, 1),
+        cpu=partial(_shifted_if_needed, reduce_axes),
+        default=partial(_shifted_by_sample, reduce_axes),
+    )
+    return Moments(*parts, count)
 
-    def total(values, mask):
-        return jnp.sum(values if mask is None else jnp.where(mask, values, 0), reduce_axes)
 
+def _shifted_if_needed(reduce_axes, x, mask, share):
+    """Raw sums, and where some channel lost more than four bits (or is not finite) a second read about μ."""
+    (x1, mask1), (x2, mask2) = separate(((x, mask), (x, mask)))
+    mean = _total(x1.astype(share.dtype), mask1, reduce_axes) * share
+    square = _total(lax.square(x2.astype(share.dtype)), mask2, reduce_axes) * share
+    var = square - lax.square(mean)
+    harmless = jnp.all(square <= _CANCELLATION * var)  # False for a NaN and an overflow, too
+    return lax.cond(harmless, _as_they_are, partial(_shifted, reduce_axes), x, mask, share, mean, var)
+
+
+def _shifted_by_sample(reduce_axes, x, mask, share):
+    """One read about the mean of a sample of x.
+
+    The mean of a fraction f of the values, *whichever they are*, is never further from μ than
+    σ·√((1−f)/f) (Cauchy–Schwarz, on the indicator of the sample). So a sixteenth loses four bits on the
+    worst data there is, and none on data that are not made for it. A mask can empty the sample; then the
+    shift is the mean itself, one more read.
+    """
     if mask is None:
         sample = _sample(x, reduce_axes)
-        shift = total(sample.astype(dtype), None) / jnp.maximum(_count(sample, None, reduce_axes, dtype), 1)
+        number = max(1, math.prod(sample.shape[a] for a in reduce_axes))
+        shift = _total(sample.astype(share.dtype), None, reduce_axes) / number
     else:
-        shift = total(x.astype(dtype), mask) * share
+        shift = _total(x.astype(share.dtype), mask, reduce_axes) * share
+    return _shifted(reduce_axes, x, mask, share, shift, shift)
+
+
+def _as_they_are(x, mask, share, mean, var):
+    return mean, jnp.zeros_like(mean), var
+
+
+def _shifted(reduce_axes, x, mask, share, shift, var):
+    """μ in two parts and σ², by sums about ``shift``. Scaled before they are summed: the range is that of σ²."""
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
-    (x1, mask1, shift1), (x2, mask2, shift2) = separate(((x, mask, shift), (x, mask, shift)))
-    delta = total(x1.astype(dtype) - lax.expand_dims(shift1, reduce_axes), mask1) * share
-    square = total(lax.square(x2.astype(dtype) - lax.expand_dims(shift2, reduce_axes)), mask2) * share
+    (x1, mask1, shift1, share1), (x2, mask2, shift2, _) = separate(((x, mask, shift, share),) * 2)
+    first = (x1.astype(share.dtype) - lax.expand_dims(shift1, reduce_axes)) * lax.expand_dims(share1, reduce_axes)
+    second = (x2.astype(share.dtype) - lax.expand_dims(shift2, reduce_axes)) / 4
+    delta = _total(first, mask1, reduce_axes)
+    square = 16 * (_total(lax.square(second), mask2, reduce_axes) * share)
     mean = shift + delta
-    var = jnp.maximum(square - lax.square(delta), 0)
-    var = jnp.where(jnp.isinf(square), square, var)  # beyond the range: inf, never a NaN of two infinities
-    return Moments(mean, delta - (mean - shift), var, count)
+    return mean, delta - (mean - shift), jnp.maximum(square - lax.square(delta), 0)
+
+
+def _total(values, mask, reduce_axes):
+    return jnp.sum(values if mask is None else jnp.where(mask, values, 0), reduce_axes)
 
 
 def _sample(x: jax.Array, reduce_axes: tuple[int, ...]) -> jax.Array:
-    """An evenly spaced part of the values of each channel: one in 128, or 16 where that would be fewer.
+    """About a sixteenth of the values of each channel, evenly spread.
 
     Slices of the leading axes are a few contiguous reads, and small strides of a sharded axis stay on
     their shards; the two minor axes are tiled on a TPU, and sliced only if the others are too short.
     """
-    count = math.prod(x.shape[a] for a in reduce_axes)
-    strides, wanted = [1] * x.ndim, min(_SAMPLED, count // 16)
+    strides = [1] * x.ndim
     for axes in ([a for a in reduce_axes if a < x.ndim - 2], reduce_axes):
-        while axes and math.prod(strides) * 2 <= wanted:
+        while axes and math.prod(strides) < _CANCELLATION:
             axis = max(axes, key=lambda a: x.shape[a] // strides[a])
             if x.shape[axis] < 2 * strides[axis]:
                 break
