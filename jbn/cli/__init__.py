@@ -1,0 +1,51 @@
+"""The command line: ``jbn train``. The only place in the package that prints.
+
+What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
+``data``, ``network``, ``fit`` and ``saving`` the pieces of a run; ``train`` puts them together;
+``display`` shows a run while it goes and when it is done.
+"""
+
+import sys
+from importlib.util import find_spec
+
+from jbn.cli.bad_input import BadInput
+
+__all__ = ["main"]
+
+# Modules of the extra "demo".
+_NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "typer")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code; the entry point of ``jbn`` and ``python -m jbn``.
+
+    Args:
+        argv: the arguments after the program's name; None for those of the process.
+
+    Returns:
+        0 when done, 2 for input that cannot be used (one line on stderr), 130 when interrupted.
+
+    Example:
+        >>> from jbn.cli import main
+        >>> main(["train", "--epochs", "0"])  # on stderr: jbn: --epochs: got 0; expected …
+        2
+    """
+    try:
+        missing = [name for name in _NEEDED if find_spec(name) is None]
+        if missing:
+            raise BadInput(
+                f"extra 'demo': got no module {', '.join(missing)}; expected what the command line needs; "
+                f"install it with: pip install 'jbn[demo]'"
+            )
+        from jbn.cli.commands import parse
+
+        job = parse(sys.argv[1:] if argv is None else argv)
+        if job is not None:
+            job()
+    except BadInput as error:
+        print(f"jbn: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jbn: interrupted.", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,196 @@
+"""Data for a run: real examples in, standardized float32 arrays out, or one line about what is wrong."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
+
+import jax.numpy as jnp
+import numpy as np
+
+import jbn
+from jbn.cli.bad_input import BadInput
+
+__all__ = ["Data", "load_data"]
+
+_TEST_SHARE = 0.2
+
+
+class Data(NamedTuple):
+    """A training and a test set, standardized with the statistics of the training set.
+
+    Attributes:
+        x, x_test: (N, …, C) float32.
+        y, y_test: (N,) int32 labels, 0 to classes − 1.
+        classes: how many.
+        inputs: the statistics that standardized x and x_test, of features or channels (C,), for
+            `normalize_inputs`.
+        source: where the data came from.
+    """
+
+    x: Any
+    y: Any
+    x_test: Any
+    y_test: Any
+    classes: int
+    inputs: jbn.BNStats
+    source: str
+
+
+def load_data(file: Path | None, seed: int, *, flat: bool) -> Data:
+    """Reads a file, or scikit-learn's digits, splits off a test set if there is none, and standardizes.
+
+    Args:
+        file: an npz with x, y and optionally x_test, y_test; None for the digits.
+        seed: of the split.
+        flat: whether images (N, H, W, C) become vectors (N, H·W·C), once they are standardized.
+
+    Vectors are standardized feature by feature; images channel by channel, since a pixel at the border
+    that is almost never set would be blown up otherwise.
+    """
+    arrays = _digits() if file is None else _read(file)
+    source = "handwritten digits (scikit-learn)" if file is None else str(file)
+    x, y = _examples(arrays, "x"), _labels(arrays, "y")
+    _check_pair("x", x, "y", y)
+    classes = _check_classes(y)
+    if "x_test" in arrays:
+        x_test, y_test = _examples(arrays, "x_test"), _labels(arrays, "y_test")
+        _check_pair("x_test", x_test, "y_test", y_test)
+        _check_test(x, x_test, y_test, classes)
+    else:
+        x, x_test, y, y_test = _split(x, y, classes, seed)
+    z, inputs = jbn.normalize_inputs(jnp.asarray(x))
+    z_test, _ = jbn.normalize_inputs(jnp.asarray(x_test), inputs)
+    for name, values in (("x", z), ("x_test", z_test), ("x", inputs.var)):
+        if not bool(jnp.all(jnp.isfinite(values))):
+            raise BadInput(
+                f"--data: got values in {name} too large or too far apart to be standardized in float32; "
+                f"expected values below 1e15 or so; rescale them."
+            )
+    if flat:
+        z, z_test = z.reshape(len(z), -1), z_test.reshape(len(z_test), -1)
+    return Data(z, jnp.asarray(y, jnp.int32), z_test, jnp.asarray(y_test, jnp.int32), classes, inputs, source)
+
+
+def _digits() -> dict[str, Any]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return {"x": digits.images, "y": digits.target}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """All arrays of an npz that a run looks at, without pickle."""
+    wanted = "an .npz file with arrays x and y"
+    advice = "make one with numpy.savez(FILE, x=…, y=…)"
+    try:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise BadInput(f"--data: got a single array in {file}; expected {wanted}; {advice}.")
+        with archive:
+            names = archive.files
+            arrays: dict[str, Any] = {
+                name: archive[name] for name in ("x", "y", "x_test", "y_test") if name in names
+            }
+    except FileNotFoundError:
+        raise BadInput(f"--data: got no file at {file}; expected {wanted}; check the path.") from None
+    except OSError as error:
+        reason = error.strerror or "not readable"
+        raise BadInput(f"--data: got {file} ({reason}); expected {wanted}; check the path.") from None
+    except (ValueError, EOFError, BadZipFile, KeyError):
+        raise BadInput(
+            f"--data: got {file}, which is no .npz file, is damaged or holds pickled objects; "
+            f"expected {wanted}; {advice}."
+        ) from None
+    needed = {"x", "y"} | ({"x_test", "y_test"} if {"x_test", "y_test"} & set(names) else set())
+    for name in sorted(needed - set(names)):
+        held = ", ".join(sorted(names)) or "nothing"
+        raise BadInput(
+            f"--data: got no array {name} in {file}, which holds {held}; expected {wanted}; {advice}."
+        )
+    return arrays
+
+
+def _examples(arrays: dict[str, Any], name: str) -> np.ndarray:
+    """(N, features) or (N, H, W, C) float32, all finite."""
+    x = arrays[name]
+    if x.dtype.kind not in "biuf":
+        raise BadInput(f"--data: got dtype {x.dtype} in {name}; expected real numbers; convert it.")
+    if x.ndim not in (2, 3, 4) or 0 in x.shape:
+        raise BadInput(
+            f"--data: got {name} of shape {x.shape}; expected (N, features), (N, H, W) or (N, H, W, C), "
+            f"not empty; "
+            f"reshape it."
+        )
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32)
+    wrong = np.argwhere(~np.isfinite(x))
+    if len(wrong):
+        raise BadInput(
+            f"--data: got {len(wrong)} of {x.size} values in {name} that are NaN or infinite in float32, "
+            f"the first in {name}[{wrong[0][0]}]; expected finite numbers; clean the data first."
+        )
+    return x[..., None] if x.ndim == 3 else x
+
+
+def _labels(arrays: dict[str, Any], name: str) -> np.ndarray:
+    """(N,) integers."""
+    y = arrays[name]
+    if y.dtype.kind not in "iu":
+        raise BadInput(
+            f"--data: got dtype {y.dtype} in {name}; expected integer labels; "
+            f"convert them with numpy.unique(y, return_inverse=True)[1]."
+        )
+    if y.ndim != 1:
+        raise BadInput(
+            f"--data: got {name} of shape {y.shape}; expected (N,), a label for each example; reshape it."
+        )
+    return y
+
+
+def _check_pair(x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
+    if len(x) != len(y):
+        raise BadInput(
+            f"--data: got {len(x)} examples in {x_name} and {len(y)} labels in {y_name}; "
+            f"expected as many of one as of the other; give each example its label."
+        )
+
+
+def _check_classes(y: np.ndarray) -> int:
+    """How many classes; their labels have to be 0, 1, … without a gap."""
+    found = np.unique(y)
+    if len(found) < 2 or found[0] != 0 or found[-1] != len(found) - 1:
+        raise BadInput(
+            f"--data: got {len(found)} different labels in y, from {found[0]} to {found[-1]}; "
+            f"expected 0, 1, … without a gap, at least two; "
+            f"renumber them with numpy.unique(y, return_inverse=True)[1]."
+        )
+    return len(found)
+
+
+def _check_test(x: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, classes: int) -> None:
+    if x_test.shape[1:] != x.shape[1:]:
+        raise BadInput(
+            f"--data: got examples of shape {x_test.shape[1:]} in x_test; expected {x.shape[1:]}, that of x; "
+            f"reshape them."
+        )
+    unseen = y_test[(y_test < 0) | (y_test >= classes)]
+    if len(unseen):
+        raise BadInput(
+            f"--data: got label {unseen[0]} in y_test; expected labels that occur in y, 0 to {classes - 1}; "
+            f"number both alike."
+        )
+
+
+def _split(x: np.ndarray, y: np.ndarray, classes: int, seed: int) -> list[np.ndarray]:
+    """Training and test set with the same share of each class."""
+    from sklearn.model_selection import train_test_split
+
+    rarest = int(np.bincount(y).min())
+    tested = max(math.ceil(_TEST_SHARE * len(x)), classes)
+    if rarest < 2 or len(x) - tested < classes:
+        raise BadInput(
+            f"--data: got {len(x)} examples of {classes} classes, {rarest} of the rarest; "
+            f"expected at least 2 of each to split off a test set; add examples, or arrays x_test and y_test."
+        )
+    return train_test_split(x, y, test_size=tested, stratify=y, random_state=seed)

@@ -1,0 +1,63 @@
+"""What describes a network in a saved file, and the network, loss and optimizer that it stands for."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import jbn
+from jbn.cli.options import TrainOptions
+from jbn.networks import Network, mlp
+
+__all__ = ["NetworkSpec", "activation_of", "build", "loss_fn", "make_optimizer"]
+
+
+class NetworkSpec(NamedTuple):
+    """All that is needed to build a network again; plain values, as JSON holds them.
+
+    Attributes:
+        network: which kind; "mlp".
+        sizes: (in, hidden, …, out).
+        norm: "z", "a" or None.
+        activation: its name in `jax.nn`.
+        dtype: of the computation.
+    """
+
+    network: str
+    sizes: tuple[int, ...]
+    norm: str | None
+    activation: str
+    dtype: str
+
+
+def build(spec: NetworkSpec) -> Network:
+    """The network that a spec describes."""
+    return mlp(
+        spec.sizes, norm=spec.norm, activation=activation_of(spec.activation), dtype=jnp.dtype(spec.dtype)
+    )
+
+
+def activation_of(name: str) -> Any:
+    """An activation by its name in `jax.nn`."""
+    return getattr(jax.nn, name)
+
+
+def loss_fn(outputs: Any, y: Any) -> Any:
+    """Mean cross-entropy, of logits in at least float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y).mean()
+
+
+def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
+    """The optimizer of the options; weight decay is decoupled from it, and leaves γ, β and b alone."""
+    rules = {
+        "sgd": optax.identity,
+        "momentum": lambda: optax.trace(decay=0.9),
+        "rmsprop": optax.scale_by_rms,
+        "adam": optax.scale_by_adam,
+    }
+    return optax.chain(
+        rules[options.optimizer](),
+        optax.add_decayed_weights(options.weight_decay, mask=jbn.weight_decay_mask),
+        optax.scale_by_learning_rate(options.lr),
+    )

@@ -1,0 +1,143 @@
+"""The options of a run: each parser takes one raw value and returns its canonical form, or raises."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jbn.cli.bad_input import BadInput
+
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "NORMS",
+    "OPTIMIZERS",
+    "TrainOptions",
+    "choice",
+    "fresh_folder",
+    "integer",
+    "real",
+    "sizes",
+]
+
+NORMS = ("z", "a", "none")
+OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
+ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What ``jbn train`` was asked for, in the words of its options."""
+
+    data: Path | None
+    out: Path
+    norm: str
+    compare: bool
+    optimizer: str
+    lr: float
+    weight_decay: float
+    hidden: tuple[int, ...]
+    activation: str
+    epochs: int
+    batch_size: int
+    accumulate: int
+    bn_momentum: float
+    target_loss: float
+    dtype: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.accumulate:
+            raise BadInput(
+                f"--accumulate: got {self.accumulate}; expected a divisor of --batch-size {self.batch_size}; "
+                f"pass sizes that divide, as in --batch-size 64 --accumulate 4."
+            )
+        if self.norm != "none" and self.batch_size == self.accumulate:
+            raise BadInput(
+                f"--batch-size: got {self.batch_size} with --accumulate {self.accumulate}; expected at least "
+                f"2 examples in a microbatch, since the variance of one is 0; use a larger --batch-size."
+            )
+
+
+def fresh_folder(command: str) -> Path:
+    """A folder in runs/ that does not exist yet, named by the time."""
+    name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder, again = Path("runs") / name, 1
+    while folder.exists():
+        again += 1
+        folder = Path("runs") / f"{name}-{again}"
+    return folder
+
+
+def choice(option: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:
+    """A parser for one of a few words."""
+
+    def parse(raw: Any) -> str:
+        if raw not in allowed:
+            raise BadInput(
+                f"{option}: got {raw!r}; expected one of {', '.join(allowed)}; as in {option} {allowed[0]}."
+            )
+        return raw
+
+    return parse
+
+
+def integer(option: str, least: int, example: int, most: int | None = None) -> Callable[[Any], int]:
+    """A parser for a whole number in a range, both ends included."""
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def parse(raw: Any) -> int:
+        try:
+            value = int(str(raw))
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise BadInput(
+                f"{option}: got {raw}; expected a whole number {limits}; as in {option} {example}."
+            )
+        return value
+
+    return parse
+
+
+def real(
+    option: str, example: float, *, least: float = 0.0, most: float = math.inf, open_: bool = False
+) -> Callable[[Any], float]:
+    """A parser for a finite number in a range; ``open_`` leaves out the lower end."""
+    limits = f"above {least:g}" if open_ else f"of at least {least:g}" if most == math.inf else ""
+    limits = limits or f"from {least:g} to {most:g}"
+
+    def parse(raw: Any) -> float:
+        try:
+            value = float(raw)
+        except ValueError:
+            value = math.nan
+        inside = least < value if open_ else least <= value
+        if not (inside and value <= most and math.isfinite(value)):
+            raise BadInput(
+                f"{option}: got {raw}; expected a finite number {limits}; as in {option} {example}."
+            )
+        return value
+
+    return parse
+
+
+def sizes(option: str) -> Callable[[Any], tuple[int, ...]]:
+    """A parser for layer widths between commas."""
+
+    def parse(raw: Any) -> tuple[int, ...]:
+        try:
+            widths = tuple(int(width) for width in str(raw).split(","))
+        except ValueError:
+            widths = ()
+        if not widths or min(widths) < 1:
+            raise BadInput(
+                f"{option}: got {raw!r}; expected widths of at least 1 between commas, one a hidden layer; "
+                f"as in {option} 128,128,128."
+            )
+        return widths
+
+    return parse

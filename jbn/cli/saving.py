@@ -1,0 +1,114 @@
+"""What a run leaves behind: a folder that appears whole or not at all, JSON, and models without pickle."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jbn
+from jbn.cli.bad_input import BadInput
+from jbn.cli.network import NetworkSpec, build
+
+__all__ = ["load_model", "new_folder", "save_model", "to_json"]
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which becomes ``folder`` at the end, or vanishes when anything fails.
+
+    It is made beside its future place, so that what cannot be written fails before the work and not
+    after it. An empty ``folder`` may exist.
+    """
+    expected = "expected a new or empty folder"
+    anchor = folder.absolute().parent
+    while not os.path.lexists(anchor):
+        anchor = anchor.parent
+    hidden = None
+    try:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise BadInput(f"--out: got {folder}, a file; {expected}; choose another DIR.")
+        if folder.is_dir() and any(folder.iterdir()):
+            raise BadInput(
+                f"--out: got {folder}, which is not empty; {expected}, so that two runs never mix; "
+                f"choose another DIR or remove this one."
+            )
+        hidden = Path(tempfile.mkdtemp(prefix=".jbn-", dir=anchor))
+        work = hidden / folder.absolute().relative_to(anchor)
+        work.mkdir(parents=True)
+        yield work
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(work, folder)
+    except OSError as error:
+        raise BadInput(
+            f"--out: got {folder} ({error.strerror or error}); {expected} in a place that can be written to; "
+            f"choose another DIR."
+        ) from error
+    finally:
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def to_json(document: Any) -> str:
+    """JSON in which what is not finite is null, since JSON has no other word for it."""
+    return json.dumps(_plain(document), indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(child) for child in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def save_model(file: Path, spec: NetworkSpec, params: Any, state: Any, inputs: jbn.BNStats) -> None:
+    """Writes a network as safetensors: params/0/W, params/0/bn/gamma, state/0/mean, inputs/mean, …
+
+    The spec stands in the file's metadata, as JSON under "network".
+    """
+    from safetensors.numpy import save
+
+    tree = {"params": params, "state": state, "inputs": inputs}
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _named(tree)[0]}
+    metadata = {"jbn": jbn.__version__, "network": json.dumps(spec._asdict())}
+    file.write_bytes(save(tensors, metadata))
+
+
+def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
+    """Reads what `save_model` wrote: ``(spec, params, state, inputs)``."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as opened:
+        fields = json.loads(opened.metadata()["network"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    spec = NetworkSpec(**{**fields, "sizes": tuple(fields["sizes"])})
+    params, state = jax.eval_shape(build(spec).init, jax.random.key(0))
+    blank = jbn.BNStats(0, 0, 0)  # type: ignore[arg-type]
+    named, treedef = _named({"params": params, "state": state, "inputs": blank})
+    names = [name for name, _ in named]
+    if set(names) != set(tensors):
+        differ = ", ".join(sorted(set(names) ^ set(tensors)))
+        raise BadInput(
+            f"{file}: got a model that differs in {differ}; expected one that jbn saved; save it again."
+        )
+    tree = jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in names])
+    return spec, tree["params"], tree["state"], tree["inputs"]
+
+
+def _named(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Leaves with their names, such as params/0/bn/gamma, and the structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves], treedef

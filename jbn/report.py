@@ -1,0 +1,133 @@
+"""Pictures of training runs and of what batch norm does inside a network. Needs matplotlib."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_activations", "plot_curves"]
+
+# Okabe and Ito 2008: apart for every kind of colour vision. A line style beside each, for grey prints.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+_LINES = ("-", "--", "-.", ":")
+
+
+def plot_curves(runs: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """Draws the loss of each step and the accuracy of each epoch, one colour a run.
+
+    Args:
+        runs: name → ``{"loss": (steps,), "accuracy": (epochs,)}``, the accuracy as a share in [0, 1].
+            Losses that are not finite leave a gap.
+
+    Returns:
+        A matplotlib ``Figure``, bound to no window: ``figure.savefig("curves.png")``.
+
+    Raises:
+        ValueError: no runs.
+
+    Example:
+        >>> from jbn.report import plot_curves
+        >>> figure = plot_curves({"with": {"loss": [2.0, 1.0, 0.5, 0.2], "accuracy": [0.6, 0.9]}})
+        >>> [axes.get_xlabel() for axes in figure.axes]
+        ['step', 'epoch']
+    """
+    _some("runs", runs)
+    figure = _figure(10, 4)
+    losses, accuracies = figure.subplots(1, 2)
+    for i, (name, run) in enumerate(runs.items()):
+        style = {"color": _COLOURS[i % 4], "linestyle": _LINES[i % 4]}
+        loss = np.asarray(run["loss"], np.float64)
+        steps = np.arange(1, len(loss) + 1)
+        losses.plot(steps, loss, color=_COLOURS[i % 4], alpha=0.25, linewidth=0.8)
+        window = max(1, min(10, len(loss)))
+        means = np.convolve(loss, np.ones(window) / window, "valid")
+        losses.plot(steps[window - 1 :], means, label=name, linewidth=2, **style)
+        accuracy = np.asarray(run["accuracy"], np.float64)
+        accuracies.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, label=name, linewidth=2, **style)
+    losses.set(
+        title="training loss (mini-batch; thick: mean of 10)", xlabel="step", ylabel="cross-entropy (nats)"
+    )
+    losses.set_yscale("log")
+    accuracies.set(title="test accuracy", xlabel="epoch", ylabel="accuracy (%)")
+    for axes in (losses, accuracies):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def plot_activations(values: Mapping[str, Any], *, title: str | None = None) -> "Figure":
+    """Draws how the values of a layer are distributed: over all units, and unit by unit.
+
+    Args:
+        values: name → (N, C), what C units hold for N examples: z of one layer before and after
+            normalization, say. Each is one column of the picture; all columns have the same axes.
+        title: above the picture.
+
+    Returns:
+        A matplotlib ``Figure``: above, a histogram over all units; below, the middle 90% and the
+        median of each unit, in the order of their medians. Means and standard deviations are those of
+        all values; the outermost 0.5% at either end are left out of the histogram.
+
+    Raises:
+        ValueError: no values, or an array not of rank 2.
+
+    Example:
+        >>> import numpy as np
+        >>> from jbn.report import plot_activations
+        >>> z = np.random.default_rng(0).normal(3.0, 2.0, size=(100, 8))
+        >>> figure = plot_activations({"before": z, "after": (z - z.mean(0)) / z.std(0)})
+        >>> len(figure.axes)
+        4
+
+    References:
+        Ioffe & Szegedy 2015, figure 1 (b, c).
+    """
+    _some("values", values)
+    colour = _COLOURS[0]
+    arrays = {name: np.asarray(array).astype(np.float64) for name, array in values.items()}
+    for name, array in arrays.items():
+        if array.ndim != 2:
+            raise ValueError(
+                f"values: got shape {array.shape} for {name!r}; expected (N, C), examples by units; "
+                f"reshape it."
+            )
+    figure = _figure(max(5, 3.6 * len(arrays)), 5.6)
+    grid = figure.subplots(2, len(arrays), squeeze=False, sharey="row", sharex="row")
+    low = min(np.nanpercentile(array, 0.5) for array in arrays.values())
+    high = max(np.nanpercentile(array, 99.5) for array in arrays.values())
+    edges = np.linspace(low, high, 61) if low < high else np.linspace(low - 1, low + 1, 61)
+    for i, (name, array) in enumerate(arrays.items()):
+        above, below = grid[:, i]
+        above.hist(array.ravel(), edges, density=True, color=colour)
+        mean, spread = np.nanmean(array), np.nanstd(array)
+        above.set(title=f"{name}\nmean {mean:.2f}, standard deviation {spread:.2f}", xlabel="value")
+        order = np.argsort(np.nanmedian(array, axis=0))
+        five, half, most = np.nanpercentile(array[:, order], (5, 50, 95), axis=0)
+        units = np.arange(1, array.shape[1] + 1)
+        below.fill_between(
+            units, five, most, color=colour, alpha=0.35, linewidth=0, step="mid", label="5–95%"
+        )
+        below.plot(units, half, color=colour, linewidth=2, label="median")
+        below.axhline(0, color="black", linewidth=0.6)
+        below.set(xlabel="unit, in order of its median")
+    grid[1, 0].legend(frameon=False, loc="upper left")
+    grid[0, 0].set_ylabel("density over all units")
+    grid[1, 0].set_ylabel("value")
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def _some(name: str, values: Mapping[str, Any]) -> None:
+    if not values:
+        raise ValueError(f"{name}: got nothing to draw; expected at least one entry; pass name → values.")
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """A figure of its own, not one of pyplot's: no global state, and no window system needed."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
