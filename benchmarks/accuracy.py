@@ -206,9 +206,7 @@ def picture(rows: list[Row]) -> Any:
 def main() -> None:
     options = harness.parser(__doc__)
     listed = harness.comma_separated
-    options.add_argument(
-        "--contestants", type=listed(CONTESTANTS), default=list(USUAL), help=", ".join(CONTESTANTS)
-    )
+    options.add_argument("--contestants", type=listed(CONTESTANTS), default=list(USUAL), help=", ".join(CONTESTANTS))
     options.add_argument("--dtypes", type=listed(LARGEST), default=list(LARGEST))
     options = options.parse_args()
     decades = range(7)
@@ -229,9 +227,7 @@ def main() -> None:
     import jax
 
     device = jax.devices()[0]
-    line = harness.machine_line(
-        {**about, "load_at_start": None}, versions, f"{device.platform}: {device.device_kind}"
-    )
+    line = harness.machine_line({**about, "load_at_start": None}, versions, f"{device.platform}: {device.device_kind}")
     text = page(rows, line, skipped + notes)
     print("\n" + text)
     record = {

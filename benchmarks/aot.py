@@ -147,17 +147,10 @@ def page(rows: list[Row], line: str, shape: tuple[int, ...], notes: list[str]) -
                 f"## {TARGETS[target][0]}: {name}",
                 harness.markdown_table(
                     ["", *(f"{d} {what}" for d in dtypes for what in ("passes", "kernels", "temporaries"))],
-                    [
-                        [CONTESTANTS[n].title, *(c for d in dtypes for c in _cells(cells[n, d]))]
-                        for n in names
-                    ],
+                    [[CONTESTANTS[n].title, *(c for d in dtypes for c in _cells(cells[n, d]))] for n in names],
                 ),
             ]
-            parts += [
-                f"{CONTESTANTS[row.contestant].title}, {row.dtype}: {row.error}"
-                for row in chosen
-                if row.error
-            ]
+            parts += [f"{CONTESTANTS[row.contestant].title}, {row.dtype}: {row.error}" for row in chosen if row.error]
     return "\n\n".join(parts)
 
 
@@ -210,10 +203,8 @@ def arguments() -> Any:
     options.add_argument("--dtypes", type=listed(("float32", "bfloat16")), default=["float32", "bfloat16"])
     options.add_argument("--programs", type=listed(PROGRAMS), default=list(PROGRAMS))
     jax_only = [name for name, contestant in CONTESTANTS.items() if contestant.engine == "jax"]
-    options.add_argument(
-        "--contestants", type=listed(jax_only), default=list(USUAL), help=", ".join(jax_only)
-    )
-    options.add_argument("--shape", default="256,56,56,64", help="of x, channels last")
+    options.add_argument("--contestants", type=listed(jax_only), default=list(USUAL), help=", ".join(jax_only))
+    options.add_argument("--shape", default="512,56,56,64", help="of x, channels last")
     options.add_argument("--dump", type=Path, metavar="DIR", help="write the optimized HLO there")
     options = options.parse_args()
     options.shape = tuple(int(n) for n in options.shape.split(","))

@@ -26,9 +26,7 @@ def jax_step(layer: Layer, mode: str) -> Callable[..., Any]:
         y, pullback, state = jax.vjp(lambda x, params: layer.apply(params, state, x), x, params, has_aux=True)
         dx, dparams = pullback(g)
         # dγ and dβ enter the next call, so that none is dropped; the factor keeps the data as it was.
-        params = jax.tree.map(
-            lambda p, d: p + (1e-8 * d.astype(jnp.float32)).astype(p.dtype), params, dparams
-        )
+        params = jax.tree.map(lambda p, d: p + (1e-8 * d.astype(jnp.float32)).astype(p.dtype), params, dparams)
         return y, dx, params, state
 
     return forward_and_backward if mode == "forward+backward" else forward

@@ -39,9 +39,7 @@ class Case(NamedTuple):
 
     @property
     def label(self) -> str:
-        return "×".join(map(str, self.shape)) + (
-            "" if self.axis % len(self.shape) == len(self.shape) - 1 else " NC…"
-        )
+        return "×".join(map(str, self.shape)) + ("" if self.axis % len(self.shape) == len(self.shape) - 1 else " NC…")
 
 
 class Layer(NamedTuple):
@@ -99,9 +97,7 @@ def _jbn(case, momentum, *, offset=0.0, masked=False):
 
     def apply(params, state, x):
         y, stats = jbn.bn_apply(params, state, x, train=case.train, axis=case.axis, eps=EPS, mask=mask)
-        return y, jbn.bn_update_stats(
-            state, stats, momentum=momentum, unbiased=False
-        ) if case.train else state
+        return y, jbn.bn_update_stats(state, stats, momentum=momentum, unbiased=False) if case.train else state
 
     if not case.train:
         state = state._replace(mean=jnp.full_like(state.mean, offset))

@@ -47,9 +47,7 @@ class Engine:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(
-                f"The worker ended with status {self._process.wait()} during {call} {arguments}."
-            )
+            raise RuntimeError(f"The worker ended with status {self._process.wait()} during {call} {arguments}.")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -198,9 +196,7 @@ def comma_separated(choices: Iterable[str]) -> Any:
         values = text.split(",")
         unknown = [value for value in values if value not in choices]
         if unknown:
-            raise argparse.ArgumentTypeError(
-                f"got {', '.join(unknown)}; expected some of {', '.join(choices)}"
-            )
+            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected some of {', '.join(choices)}")
         return values
 
     return parse
@@ -211,10 +207,6 @@ def parser(about: str) -> Any:
     import argparse
 
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument(
-        "--quick", action="store_true", help="a smoke run of under a minute; its figures mean nothing"
-    )
-    options.add_argument(
-        "--out", type=Path, default=HERE / "results", metavar="DIR", help="where the files go"
-    )
+    options.add_argument("--quick", action="store_true", help="a smoke run of under a minute; its figures mean nothing")
+    options.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="where the files go")
     return options

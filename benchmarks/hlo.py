@@ -62,9 +62,7 @@ class Program:
             elif (found := _LINE.match(line)) and (instruction := _instruction(found["name"], found["rest"])):
                 current[instruction.name] = instruction
         if not self.entry:
-            raise ValueError(
-                "text: got no ENTRY computation; expected optimized HLO; pass compiled.as_text()."
-            )
+            raise ValueError("text: got no ENTRY computation; expected optimized HLO; pass compiled.as_text().")
 
     def cost(self) -> Cost:
         return self._cost(self.entry)
@@ -89,13 +87,12 @@ class Program:
             return min(self._cost(n) for n in names)
         if op in ("call", "async-start"):
             return self._cost(called[0])
-        if op.endswith("-start"):  # its result repeats the operand, for the matching -done
-            return Cost(2 * min(_bytes(instruction.type), self._read(instruction, computation, [])), 1)
+        if op == "copy-start":  # a tuple of the target, the source again, and a token
+            target = _ARRAY.search(instruction.type)[0]
+            return Cost(_bytes(target) + self._read(instruction, computation, []), 1)
         return Cost(_bytes(instruction.type) + self._read(instruction, computation, called), 1)
 
-    def _read(
-        self, instruction: Instruction, computation: dict[str, Instruction], called: list[str]
-    ) -> float:
+    def _read(self, instruction: Instruction, computation: dict[str, Instruction], called: list[str]) -> float:
         """Bytes of the operands; each buffer once, however often it is named."""
         total = 0.0
         for place, operand in enumerate(instruction.operands):
@@ -112,9 +109,7 @@ class Program:
     def _sliced(self, name: str, place: int, size: float) -> float:
         """What a fusion reads of its operand number ``place``: slices of it, if it takes nothing else."""
         body = self.computations[name]
-        parameter = next(
-            (i.name for i in body.values() if i.op == "parameter" and i.operands == (str(place),)), None
-        )
+        parameter = next((i.name for i in body.values() if i.op == "parameter" and i.operands == (str(place),)), None)
         users = [i for i in body.values() if parameter in i.operands and i.op != "parameter"]
         if users and all(i.op in _SLICES and i.operands[0] == parameter for i in users):
             return sum(_bytes(i.type, everywhere=True) for i in users)

@@ -143,6 +143,8 @@ def _best(run, group):
 
 def picture(run: Run) -> Any:
     """A dot for each shape and a bar for their geometric mean, a panel for each dtype and mode."""
+    from matplotlib.ticker import LogLocator
+
     groups = run.groups()
     names = [name for name in run.names() if name not in ("jbn", "copy")] + ["floor"]
     columns = min(3, len(groups))
@@ -161,14 +163,14 @@ def picture(run: Run) -> Any:
             values = [harness.spread(r).median for row in run.select(*group) if (r := relative(row, name))]
             if values:
                 panel.plot(values, [line] * len(values), "o", color="0.6", markersize=4)
-                panel.plot(
-                    harness.geomean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3
-                )
+                panel.plot(harness.geomean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3)
         panel.axvline(1, color="0.3", linewidth=1)
         panel.set(xscale="log", title="{}, {}".format(*group), yticks=range(len(names)))
         panel.set_yticklabels(map(title, names))
+        panel.xaxis.set_major_locator(LogLocator(base=2))
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.grid(axis="x", which="both", alpha=0.3)
+        panel.minorticks_off()
+        panel.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
     figure.supxlabel("time / time of jbn (right of 1: slower than jbn); last row: jbn / copy floor")
     figure.tight_layout()
@@ -190,9 +192,7 @@ def save(run: Run, out: Any) -> None:
 
 def measure(options: Any) -> Run:
     wanted = ["jbn", *(name for name in options.contestants if name != "jbn")]
-    skipped = {
-        name: f"{CONTESTANTS[name].package} is not installed" for name in wanted if not installed(name)
-    }
+    skipped = {name: f"{CONTESTANTS[name].package} is not installed" for name in wanted if not installed(name)}
     present = {name: CONTESTANTS[name].engine for name in wanted if name not in skipped}
     present["copy"] = "jax"
     about = harness.machine()
@@ -217,12 +217,8 @@ def measure(options: Any) -> Run:
                 seconds, errors = harness.interleave(
                     engines, names, case, rounds=options.rounds, turn_seconds=options.turn, order=order
                 )
-                seconds = {
-                    name: [float(f"{t:.5g}") for t in seconds[name]] for name in names if name in seconds
-                }
-                run.rows.append(
-                    {"dtype": dtype, "mode": mode, "case": case, "seconds": seconds, "errors": errors}
-                )
+                seconds = {name: [float(f"{t:.5g}") for t in seconds[name]] for name in names if name in seconds}
+                run.rows.append({"dtype": dtype, "mode": mode, "case": case, "seconds": seconds, "errors": errors})
                 _tell(run.rows[-1])
             if not options.quick:
                 save(run, options.out)  # what is measured so far, should the rest be interrupted
@@ -246,12 +242,8 @@ def _tell(row):
 def arguments() -> Any:
     options = harness.parser(__doc__)
     listed = harness.comma_separated
-    options.add_argument(
-        "--contestants", type=listed(CONTESTANTS), default=list(USUAL), help=", ".join(CONTESTANTS)
-    )
-    options.add_argument(
-        "--dtypes", type=listed(("float32", "bfloat16", "float16")), default=["float32", "bfloat16"]
-    )
+    options.add_argument("--contestants", type=listed(CONTESTANTS), default=list(USUAL), help=", ".join(CONTESTANTS))
+    options.add_argument("--dtypes", type=listed(("float32", "bfloat16", "float16")), default=["float32", "bfloat16"])
     options.add_argument("--modes", type=listed(MODES), default=list(MODES), help=", ".join(MODES))
     options.add_argument(
         "--shapes",
@@ -261,9 +253,7 @@ def arguments() -> Any:
     )
     options.add_argument("--steps", type=int, default=10, help="calls in a chain")
     options.add_argument("--rounds", type=int, default=11)
-    options.add_argument(
-        "--turn", type=float, default=0.02, metavar="SECONDS", help="a turn's length, at least"
-    )
+    options.add_argument("--turn", type=float, default=0.02, metavar="SECONDS", help="a turn's length, at least")
     options.add_argument("--seed", type=int, default=0, help="of the random order")
     options = options.parse_args()
     options.shapes = [int(index) for index in options.shapes]

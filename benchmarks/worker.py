@@ -80,9 +80,7 @@ class _Worker:
             seconds = (time.perf_counter() - compiled) / 2
         except Exception as error:
             traceback.print_exc()
-            return {
-                "error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            }
+            return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
         repeats = max(1, math.ceil(turn_seconds / seconds))
         self.turns[name] = (chain, repeats * case.steps, repeats)
         return {"first": compiled - start, "seconds": seconds / case.steps, "repeats": repeats}
