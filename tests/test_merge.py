@@ -19,7 +19,7 @@ def stats_of(x):
 
 
 def nothing(size):
-    return BNStats(jnp.zeros(size), jnp.zeros(size), jnp.zeros(size))
+    return BNStats(*(jnp.zeros(size, jnp.float32) for _ in range(3)))
 
 
 def random_stats(size, seed=0, counts=(0, 1, 2, 17)):
@@ -81,7 +81,10 @@ def test_nothing_merged_with_nothing_is_nothing():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_an_empty_part_holds_does_not_matter(bad):
-    a, empty = random_stats(5, counts=(1, 3, 8)), BNStats(*jnp.full((2, 5), bad), jnp.zeros(5))
+    a, empty = (
+        random_stats(5, counts=(1, 3, 8)),
+        BNStats(*jnp.full((2, 5), bad, jnp.float32), jnp.zeros(5, jnp.float32)),
+    )
     merged = bn_merge_stats(empty, a)
     assert list(map(oracle.bits, merged)) == list(map(oracle.bits, a))
 
@@ -101,9 +104,7 @@ def test_counts_of_each_channel_stand_alone():
     masks = np.random.default_rng(1).uniform(size=(4, 40, 6)) < np.array([0, 0.2, 0.5, 0.9])[:, None, None]
     masks &= np.cumsum(masks, axis=0) == 1  # disjoint
     assert (masks[1:].sum((1, 2)) > 0).all()
-    parts = [
-        BNStats(*(jnp.asarray(leaf, jnp.float32) for leaf in oracle.moments(x, mask=mask))) for mask in masks
-    ]
+    parts = [BNStats(*(jnp.asarray(leaf, jnp.float32) for leaf in oracle.moments(x, mask=mask))) for mask in masks]
     assert_moments(bn_merge_stats(*parts), oracle.moments(x, mask=masks.any(0)))
 
 
@@ -125,15 +126,15 @@ def test_parts_far_from_zero_merge_exactly(ratio):
 
 
 def test_the_spread_between_means_is_exact_where_the_parts_have_none():
-    a = BNStats(jnp.array([1e4]), jnp.zeros(1), jnp.ones(1))
-    b = BNStats(jnp.array([1e4 + 1]), jnp.zeros(1), jnp.ones(1))
+    a = BNStats(*jnp.array([[1e4], [0], [1]], jnp.float32))
+    b = BNStats(*jnp.array([[1e4 + 1], [0], [1]], jnp.float32))
     merged = bn_merge_stats(a, b)
     assert (merged.mean.item(), merged.var.item(), merged.count.item()) == (1e4 + 0.5, 0.25, 2)
 
 
 def test_many_batches_of_one_value_each_merge_into_the_moments_of_all():
     x = np.random.default_rng(0).normal(size=(500, 2)).astype(np.float32) + 100
-    stack = BNStats(jnp.asarray(x), jnp.zeros((500, 2)), jnp.ones((500, 2)))
+    stack = BNStats(jnp.asarray(x), jnp.zeros_like(x), jnp.ones_like(x))
     merged = bn_merge_stats(stack, axis=0)
     np.testing.assert_allclose(merged.var, oracle.moments(x).var, rtol=1e-5)
 
@@ -160,7 +161,7 @@ def test_another_axis_than_the_first_can_hold_the_stack():
 
 
 def test_an_empty_stack_is_nothing_seen():
-    stack = BNStats(*(jnp.zeros((0, 3)) for _ in range(3)))
+    stack = nothing((0, 3))
     assert list(map(oracle.bits, bn_merge_stats(stack, axis=0))) == list(map(oracle.bits, nothing(3)))
 
 
@@ -246,7 +247,7 @@ def test_gradients_through_a_merge_with_nothing_are_finite():
 
 
 def test_counts_add_up_beyond_what_float32_counts_by_one():
-    a = BNStats(jnp.zeros(1), jnp.ones(1), jnp.full(1, 2.0**24))
+    a = BNStats(*jnp.array([[0], [1], [2.0**24]], jnp.float32))
     merged = bn_merge_stats(a, a, a)
     assert merged.count.item() == 3 * 2.0**24
 

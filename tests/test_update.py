@@ -35,9 +35,7 @@ def stats_of(size, seed=1, count=8.0, dtype="float32"):
 
 def assert_same_bits(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    assert list(map(oracle.bits, jax.tree.leaves(actual))) == list(
-        map(oracle.bits, jax.tree.leaves(expected))
-    )
+    assert list(map(oracle.bits, jax.tree.leaves(actual))) == list(map(oracle.bits, jax.tree.leaves(expected)))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99, 0.999999, 1.0])
@@ -82,8 +80,8 @@ def test_momentum_one_with_debias_is_the_plain_average_of_all_batches():
 @pytest.mark.parametrize("t", [1, 2, 3, 10, 100, 5000])
 def test_the_weight_of_update_t_is_that_of_the_formula(t, momentum, debias):
     """Running statistics of 0 and batch statistics of 1 make the new mean the weight itself."""
-    state = BNState(jnp.zeros(1), jnp.zeros(1), jnp.full(1, t - 1, jnp.int32))
-    stats = BNStats(jnp.ones(1), jnp.ones(1), jnp.full(1, 4.0))
+    state = BNState(*jnp.zeros((2, 1), jnp.float32), jnp.full(1, t - 1, jnp.int32))
+    stats = BNStats(*jnp.ones((2, 1), jnp.float32), jnp.full(1, 4, jnp.float32))
     kept = float(np.float32(momentum))
     want = oracle.weight(t, kept, debias)
     for d in (momentum, jnp.float32(momentum)):
@@ -150,7 +148,7 @@ def test_defaults_are_momentum_nine_tenths_debiased_unbiased():
 @pytest.mark.parametrize("debias", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
 def test_count_saturates_and_never_wraps(momentum, debias):
-    state = BNState(jnp.zeros(3), jnp.ones(3), jnp.array([INT32_MAX - 1, INT32_MAX, 5], jnp.int32))
+    state = BNState(*jnp.ones((2, 3), jnp.float32), jnp.array([INT32_MAX - 1, INT32_MAX, 5], jnp.int32))
     after = state
     for _ in range(2):
         after = bn_update_stats(after, stats_of(3), momentum=momentum, debias=debias)
@@ -191,7 +189,7 @@ def test_an_unusable_channel_stays_bit_for_bit_and_does_not_hold_up_the_others(u
 
 
 def test_a_variance_that_only_overflows_when_unbiased_is_usable_when_biased():
-    stats = BNStats(jnp.ones(1), jnp.full(1, 2e38), jnp.full(1, 2.0))
+    stats = BNStats(*jnp.array([[1], [2e38], [2]], jnp.float32))
     assert bn_update_stats(bn_init(1)[1], stats, unbiased=False).count.tolist() == [1]
     assert bn_update_stats(bn_init(1)[1], stats, unbiased=True).count.tolist() == [0]
 
@@ -313,9 +311,7 @@ def test_structure_shape_and_dtype_are_kept_as_a_scan_carry(dtype):
 
 def test_the_state_is_a_while_loop_carry():
     stats = stats_of(3)
-    after = jax.lax.while_loop(
-        lambda s: (s.count < 7).all(), lambda s: bn_update_stats(s, stats), bn_init(3)[1]
-    )
+    after = jax.lax.while_loop(lambda s: (s.count < 7).all(), lambda s: bn_update_stats(s, stats), bn_init(3)[1])
     assert after.count.tolist() == [7] * 3
 
 
@@ -332,9 +328,7 @@ def test_a_donated_state_is_reused_and_the_update_is_right():
 
 def test_python_and_numpy_leaves_are_taken():
     state, stats = state_of(3), stats_of(3)
-    assert_same_bits(
-        bn_update_stats(*jax.tree.map(np.asarray, (state, stats))), bn_update_stats(state, stats)
-    )
+    assert_same_bits(bn_update_stats(*jax.tree.map(np.asarray, (state, stats))), bn_update_stats(state, stats))
 
 
 def test_the_update_of_a_merge_is_the_update_of_the_whole_batch():
