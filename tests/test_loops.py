@@ -104,10 +104,15 @@ def test_functions_over_stacks_equal_their_vmap():
     _, state, _, _ = problem(members=(C,))
     mean, var, count = (jnp.asarray(rng.uniform(1, 9, (2, C, C)), jnp.float32) for _ in range(3))
     first, second = (BNStats(mean[i], var[i], jnp.round(count[i])) for i in range(2))
-    assert_equal(bn_update_stats(state, first), jax.vmap(bn_update_stats)(state, first))
-    assert_equal(bn_merge_stats(first, second), jax.vmap(bn_merge_stats)(first, second))
-    along = jax.vmap(partial(bn_merge_stats, axis=0), in_axes=1)(first)
-    assert_equal(bn_merge_stats(first, axis=0), along)
+
+    @jax.jit
+    def both(state, first, second):
+        along = partial(bn_merge_stats, axis=0)
+        ours = bn_update_stats(state, first), bn_merge_stats(first, second), along(first)
+        members = jax.vmap(bn_update_stats)(state, first), jax.vmap(bn_merge_stats)(first, second)
+        return ours, (*members, jax.vmap(along, in_axes=1)(first))
+
+    assert_equal(*both(state, first, second))
 
 
 def test_donated_parameters_and_state_are_all_used():
