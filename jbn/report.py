@@ -47,9 +47,7 @@ def plot_curves(runs: Mapping[str, Mapping[str, Any]]) -> "Figure":
         losses.plot(steps[window - 1 :], means, label=name, linewidth=2, **style)
         accuracy = np.asarray(run["accuracy"], np.float64)
         accuracies.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, label=name, linewidth=2, **style)
-    losses.set(
-        title="training loss (mini-batch; thick: mean of 10)", xlabel="step", ylabel="cross-entropy (nats)"
-    )
+    losses.set(title="training loss (mini-batch; thick: mean of 10)", xlabel="step", ylabel="cross-entropy (nats)")
     losses.set_yscale("log")
     accuracies.set(title="test accuracy", xlabel="epoch", ylabel="accuracy (%)")
     for axes in (losses, accuracies):
@@ -72,7 +70,8 @@ def plot_activations(values: Mapping[str, Any], *, title: str | None = None) -> 
         all values; the outermost 0.5% at either end are left out of the histogram.
 
     Raises:
-        ValueError: no values, or an array not of rank 2.
+        ValueError: no values, or an array not of rank 2 or empty. Values that are not finite are not drawn, but
+            counted in the title.
 
     Example:
         >>> import numpy as np
@@ -89,27 +88,28 @@ def plot_activations(values: Mapping[str, Any], *, title: str | None = None) -> 
     colour = _COLOURS[0]
     arrays = {name: np.asarray(array).astype(np.float64) for name, array in values.items()}
     for name, array in arrays.items():
-        if array.ndim != 2:
+        if array.ndim != 2 or not array.size:
             raise ValueError(
-                f"values: got shape {array.shape} for {name!r}; expected (N, C), examples by units; "
+                f"values: got shape {array.shape} for {name!r}; expected (N, C), examples by units, not empty; "
                 f"reshape it."
             )
     figure = _figure(max(5, 3.6 * len(arrays)), 5.6)
     grid = figure.subplots(2, len(arrays), squeeze=False, sharey="row", sharex="row")
-    low = min(np.nanpercentile(array, 0.5) for array in arrays.values())
-    high = max(np.nanpercentile(array, 99.5) for array in arrays.values())
+    ends = [np.percentile(array[np.isfinite(array)], (0.5, 99.5)) for array in arrays.values() if _seen(array)]
+    low, high = (min(end[0] for end in ends), max(end[1] for end in ends)) if ends else (0, 0)
     edges = np.linspace(low, high, 61) if low < high else np.linspace(low - 1, low + 1, 61)
     for i, (name, array) in enumerate(arrays.items()):
         above, below = grid[:, i]
-        above.hist(array.ravel(), edges, density=True, color=colour)
-        mean, spread = np.nanmean(array), np.nanstd(array)
-        above.set(title=f"{name}\nmean {mean:.2f}, standard deviation {spread:.2f}", xlabel="value")
-        order = np.argsort(np.nanmedian(array, axis=0))
-        five, half, most = np.nanpercentile(array[:, order], (5, 50, 95), axis=0)
+        finite = array[np.isfinite(array)]
+        if _seen(array):
+            share = np.full(finite.size, 1 / finite.size)
+            # Not hist(density=True), which would leave out what lies beyond the edges.
+            above.hist(finite, edges, weights=share / (edges[1] - edges[0]), color=colour)
+        above.set(title=f"{name}\n{_moments(array, finite)}", xlabel="value")
+        quantiles = np.stack([_quantiles(unit) for unit in array.T])
+        five, half, most = quantiles[np.argsort(quantiles[:, 1])].T
         units = np.arange(1, array.shape[1] + 1)
-        below.fill_between(
-            units, five, most, color=colour, alpha=0.35, linewidth=0, step="mid", label="5–95%"
-        )
+        below.fill_between(units, five, most, color=colour, alpha=0.35, linewidth=0, step="mid", label="5–95%")
         below.plot(units, half, color=colour, linewidth=2, label="median")
         below.axhline(0, color="black", linewidth=0.6)
         below.set(xlabel="unit, in order of its median")
@@ -119,6 +119,25 @@ def plot_activations(values: Mapping[str, Any], *, title: str | None = None) -> 
     if title is not None:
         figure.suptitle(title)
     return figure
+
+
+def _seen(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array).any())
+
+
+def _moments(array: np.ndarray, finite: np.ndarray) -> str:
+    """A line about mean and standard deviation, and about values that have neither."""
+    if not finite.size:
+        return "no finite values"
+    lost = array.size - finite.size
+    remark = f"\n{lost} of {array.size} values not finite" if lost else ""
+    return f"mean {finite.mean():.2f}, standard deviation {finite.std():.2f}{remark}"
+
+
+def _quantiles(unit: np.ndarray) -> np.ndarray:
+    """5%, 50% and 95% of the finite values, NaN (not drawn) where there are none."""
+    finite = unit[np.isfinite(unit)]
+    return np.percentile(finite, (5, 50, 95)) if finite.size else np.full(3, np.nan)
 
 
 def _some(name: str, values: Mapping[str, Any]) -> None:

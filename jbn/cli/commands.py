@@ -64,12 +64,8 @@ def train(
     weight_decay: Annotated[
         float, _option(real("--weight-decay", 1e-4), "FLOAT", "Decoupled; not of γ, β and b.")
     ] = 0.0,
-    hidden: Annotated[
-        tuple, _option(sizes("--hidden"), "INT,INT,…", "Widths of the hidden layers.")
-    ] = "128,128,128",  # type: ignore[assignment]
-    activation: Annotated[
-        str, _words("--activation", options.ACTIVATIONS, "Of the hidden layers.")
-    ] = "sigmoid",
+    hidden: Annotated[tuple, _option(sizes("--hidden"), "INT,INT,…", "Widths of the hidden layers.")] = "128,128,128",  # type: ignore[assignment]
+    activation: Annotated[str, _words("--activation", options.ACTIVATIONS, "Of the hidden layers.")] = "sigmoid",
     epochs: Annotated[int, _option(integer("--epochs", 1, 30), "INT", "Passes over the training set.")] = 30,
     batch_size: Annotated[int, _option(integer("--batch-size", 1, 64), "INT", "Examples a step.")] = 64,
     accumulate: Annotated[

@@ -89,9 +89,7 @@ def _read(file: Path) -> dict[str, Any]:
             raise BadInput(f"--data: got a single array in {file}; expected {wanted}; {advice}.")
         with archive:
             names = archive.files
-            arrays: dict[str, Any] = {
-                name: archive[name] for name in ("x", "y", "x_test", "y_test") if name in names
-            }
+            arrays: dict[str, Any] = {name: archive[name] for name in ("x", "y", "x_test", "y_test") if name in names}
     except FileNotFoundError:
         raise BadInput(f"--data: got no file at {file}; expected {wanted}; check the path.") from None
     except OSError as error:
@@ -105,9 +103,7 @@ def _read(file: Path) -> dict[str, Any]:
     needed = {"x", "y"} | ({"x_test", "y_test"} if {"x_test", "y_test"} & set(names) else set())
     for name in sorted(needed - set(names)):
         held = ", ".join(sorted(names)) or "nothing"
-        raise BadInput(
-            f"--data: got no array {name} in {file}, which holds {held}; expected {wanted}; {advice}."
-        )
+        raise BadInput(f"--data: got no array {name} in {file}, which holds {held}; expected {wanted}; {advice}.")
     return arrays
 
 
@@ -142,9 +138,7 @@ def _labels(arrays: dict[str, Any], name: str) -> np.ndarray:
             f"convert them with numpy.unique(y, return_inverse=True)[1]."
         )
     if y.ndim != 1:
-        raise BadInput(
-            f"--data: got {name} of shape {y.shape}; expected (N,), a label for each example; reshape it."
-        )
+        raise BadInput(f"--data: got {name} of shape {y.shape}; expected (N,), a label for each example; reshape it.")
     return y
 
 

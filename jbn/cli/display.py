@@ -32,10 +32,7 @@ def progress(names: Sequence[str], steps: int) -> Iterator[Callable[[str, Progre
         TimeElapsedColumn(),
     )
     with Bar(*columns, console=console) as bar:
-        tasks = {
-            name: bar.add_task(name, total=steps, start=False, loss="  –  ", accuracy="  –  ")
-            for name in names
-        }
+        tasks = {name: bar.add_task(name, total=steps, start=False, loss="  –  ", accuracy="  –  ") for name in names}
 
         def report(name: str, made: Progress) -> None:
             bar.start_task(tasks[name])

@@ -33,9 +33,7 @@ class NetworkSpec(NamedTuple):
 
 def build(spec: NetworkSpec) -> Network:
     """The network that a spec describes."""
-    return mlp(
-        spec.sizes, norm=spec.norm, activation=activation_of(spec.activation), dtype=jnp.dtype(spec.dtype)
-    )
+    return mlp(spec.sizes, norm=spec.norm, activation=activation_of(spec.activation), dtype=jnp.dtype(spec.dtype))
 
 
 def activation_of(name: str) -> Any:

@@ -77,9 +77,7 @@ def choice(option: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:
 
     def parse(raw: Any) -> str:
         if raw not in allowed:
-            raise BadInput(
-                f"{option}: got {raw!r}; expected one of {', '.join(allowed)}; as in {option} {allowed[0]}."
-            )
+            raise BadInput(f"{option}: got {raw!r}; expected one of {', '.join(allowed)}; as in {option} {allowed[0]}.")
         return raw
 
     return parse
@@ -95,9 +93,7 @@ def integer(option: str, least: int, example: int, most: int | None = None) -> C
         except ValueError:
             value = least - 1
         if value < least or (most is not None and value > most):
-            raise BadInput(
-                f"{option}: got {raw}; expected a whole number {limits}; as in {option} {example}."
-            )
+            raise BadInput(f"{option}: got {raw}; expected a whole number {limits}; as in {option} {example}.")
         return value
 
     return parse
@@ -117,9 +113,7 @@ def real(
             value = math.nan
         inside = least < value if open_ else least <= value
         if not (inside and value <= most and math.isfinite(value)):
-            raise BadInput(
-                f"{option}: got {raw}; expected a finite number {limits}; as in {option} {example}."
-            )
+            raise BadInput(f"{option}: got {raw}; expected a finite number {limits}; as in {option} {example}.")
         return value
 
     return parse

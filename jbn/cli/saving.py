@@ -101,9 +101,7 @@ def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
     names = [name for name, _ in named]
     if set(names) != set(tensors):
         differ = ", ".join(sorted(set(names) ^ set(tensors)))
-        raise BadInput(
-            f"{file}: got a model that differs in {differ}; expected one that jbn saved; save it again."
-        )
+        raise BadInput(f"{file}: got a model that differs in {differ}; expected one that jbn saved; save it again.")
     tree = jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in names])
     return spec, tree["params"], tree["state"], tree["inputs"]
 

@@ -81,10 +81,7 @@ def _specs(options: TrainOptions, data: Data) -> dict[str, NetworkSpec]:
         norms = {"without": None}
     elif not options.compare:
         norms = {"with": options.norm}
-    return {
-        name: NetworkSpec("mlp", shape, norm, options.activation, options.dtype)
-        for name, norm in norms.items()
-    }
+    return {name: NetworkSpec("mlp", shape, norm, options.activation, options.dtype) for name, norm in norms.items()}
 
 
 def _document(
@@ -130,8 +127,7 @@ def _held_equal(starts: list[TrainState]) -> list[str]:
         return []
     weights = [[(layer["W"], layer["b"]) for layer in start.params] for start in starts]
     same = all(
-        jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), weights[0], other))
-        for other in weights[1:]
+        jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), weights[0], other)) for other in weights[1:]
     )
     initial = ["initial W and b"] if same else []
     return ["data", "order of batches", *initial, "optimizer", "learning rate", "number of steps"]

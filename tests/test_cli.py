@@ -1,0 +1,325 @@
+"""The command line: what a run shows, what it leaves behind, and the pieces that it is made of."""
+
+import io
+import json
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jbn
+import jbn.cli.fit
+import jbn.cli.train
+from jbn.cli import main
+from jbn.cli.data import load_data
+from jbn.cli.fit import Fit, batch_order, fit
+from jbn.cli.network import NetworkSpec, build, loss_fn
+from jbn.cli.saving import load_model, save_model, to_json
+from jbn.networks import mlp
+from jbn.training import TrainState, make_train_step
+
+FILES = ["activations.png", "curves.png", "metrics.json", "with.safetensors", "without.safetensors"]
+SMALL = ["--epochs", "2", "--batch-size", "8", "--hidden", "6,5"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two classes that a line parts, 40 examples, as a file of its own."""
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 2
+    x = rng.normal(size=(40, 3)) + 4 * y[:, None]
+    file = tmp_path / "data.npz"
+    np.savez(file, x=x, y=y)
+    return file
+
+
+def train(capsys, *arguments):
+    """What a good run prints, parsed."""
+    code = main(["train", *map(str, arguments)])
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    return json.loads(printed.out)
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The default run, once for all tests of `TestDefaultRun`."""
+    folder = tmp_path_factory.mktemp("default")
+    before, out = os.getcwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", out)
+            assert main(["train"]) == 0
+    finally:
+        os.chdir(before)
+    return folder, json.loads(out.getvalue())
+
+
+class TestDefaultRun:
+    def test_reaches_97_percent_with_batch_norm(self, run):
+        assert run[1]["summary"]["with"]["test_accuracy"] >= 0.97
+
+    def test_batch_norm_needs_fewer_steps_to_the_target(self, run):
+        summary = run[1]["summary"]
+        assert summary["with"]["steps_to_target"] < 0.7 * summary["without"]["steps_to_target"]
+
+    def test_says_what_was_held_equal(self, run):
+        assert run[1]["held_equal"] == [
+            "data",
+            "order of batches",
+            "initial W and b",
+            "optimizer",
+            "learning rate",
+            "number of steps",
+        ]
+
+    def test_leaves_its_files_in_a_folder_of_its_own_under_runs(self, run):
+        folder, printed = run
+        (made,) = (folder / "runs").iterdir()
+        assert printed["options"]["out"] == f"runs/{made.name}"
+        assert sorted(os.listdir(made)) == FILES
+        assert [path.name for path in folder.iterdir()] == ["runs"]
+
+    def test_pictures_are_pictures(self, run):
+        import matplotlib.image
+
+        (made,) = (run[0] / "runs").iterdir()
+        for name in ("curves.png", "activations.png"):
+            pixels = matplotlib.image.imread(made / name)
+            assert min(pixels.shape[:2]) > 400
+            assert pixels[..., :3].std() > 0.05
+
+    def test_metrics_hold_what_was_printed_and_the_history(self, run):
+        folder, printed = run
+        (made,) = (folder / "runs").iterdir()
+        metrics = json.loads((made / "metrics.json").read_text())
+        history = metrics.pop("history")
+        assert metrics == printed
+        for name, summary in printed["summary"].items():
+            assert len(history[name]["loss"]) == printed["steps"]
+            assert len(history[name]["test_accuracy"]) == printed["options"]["epochs"]
+            assert history[name]["train_loss"][-1] == summary["train_loss"]
+
+    def test_saved_model_gives_the_printed_accuracy_on_the_raw_test_set(self, run):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        folder, printed = run
+        (made,) = (folder / "runs").iterdir()
+        digits = load_digits()
+        _, x, _, y = train_test_split(
+            digits.images, digits.target, test_size=360, stratify=digits.target, random_state=0
+        )
+        for name in ("with", "without"):
+            spec, params, state, inputs = load_model(made / f"{name}.safetensors")
+            z, _ = jbn.normalize_inputs(x.astype(np.float32)[..., None], inputs)
+            outputs, _ = build(spec).apply(params, state, z.reshape(len(z), -1), train=False)
+            accuracy = np.mean(np.argmax(np.asarray(outputs), -1) == y)
+            assert accuracy == pytest.approx(printed["summary"][name]["test_accuracy"], abs=1e-9)
+
+
+class TestOptions:
+    def test_the_seed_determines_a_run(self, data, tmp_path, capsys):
+        losses = []
+        for i, seed in enumerate((3, 3, 4)):
+            train(capsys, "--data", data, *SMALL, "--norm", "none", "--seed", seed, "--out", tmp_path / str(i))
+            losses.append(json.loads((tmp_path / str(i) / "metrics.json").read_text())["history"]["without"]["loss"])
+        assert losses[0] == losses[1]
+        assert losses[0] != losses[2]
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            "--norm a --optimizer adam --lr 0.01 --weight-decay 0.01 --activation tanh --accumulate 2",
+            "--norm z --optimizer rmsprop --lr 0.01 --activation relu --dtype bfloat16 --bn-momentum 1.0 --no-compare",
+            "--norm z --optimizer momentum --lr 0.1 --activation gelu --hidden 4 --no-compare",
+        ],
+    )
+    def test_networks_learn_with_every_kind_of_option(self, data, tmp_path, capsys, arguments):
+        printed = train(capsys, "--data", data, *SMALL, "--epochs", 12, *arguments.split(), "--out", tmp_path / "run")
+        assert list(printed["summary"]) == ["with"] + ["without"] * ("--no-compare" not in arguments)
+        assert printed["summary"]["with"]["test_accuracy"] >= 0.8
+
+    def test_norm_none_trains_one_network(self, data, tmp_path, capsys):
+        (tmp_path / "run").mkdir()  # empty, so that it may be taken
+        printed = train(capsys, "--data", data, *SMALL, "--norm", "none", "--out", tmp_path / "run")
+        assert list(printed["summary"]) == ["without"]
+        assert printed["held_equal"] == []
+        assert sorted(os.listdir(tmp_path / "run")) == [name for name in FILES if name != "with.safetensors"]
+
+    def test_a_diverging_run_is_reported_in_valid_json(self, data, tmp_path, capsys):
+        printed = train(capsys, "--data", data, *SMALL, "--lr", 1e30, "--activation", "relu", "--out", tmp_path / "run")
+        assert printed["summary"]["without"]["skipped_steps"] > 0
+        assert printed["summary"]["without"]["steps_to_target"] is None
+
+    def test_images_and_a_test_set_of_ones_own(self, tmp_path, capsys):
+        rng = np.random.default_rng(1)
+        y = np.arange(30) % 3
+        x = rng.integers(0, 255, (30, 4, 5, 2), dtype=np.uint8)
+        np.savez(tmp_path / "d.npz", x=x, y=y, x_test=x[:7], y_test=y[:7])
+        printed = train(capsys, "--data", tmp_path / "d.npz", *SMALL, "--norm", "none", "--out", tmp_path / "run")
+        assert printed["data"] == {
+            "source": str(tmp_path / "d.npz"),
+            "train": 30,
+            "test": 7,
+            "features": 40,
+            "classes": 3,
+        }
+
+    def test_help_names_every_option(self, capsys):
+        assert main(["train", "--help"]) == 0
+        shown = capsys.readouterr().out
+        options = (
+            "data norm compare no-compare optimizer lr weight-decay hidden activation epochs batch-size "
+            "accumulate bn-momentum dtype seed out"
+        )
+        for option in options.split():
+            assert f"--{option}" in shown
+
+
+class TestTerminal:
+    def test_shows_bars_and_a_table_instead_of_json(self, data, tmp_path, monkeypatch):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        assert main(["train", "--data", str(data), *SMALL, "--out", str(tmp_path / "run")]) == 0
+        shown = terminal.getvalue()
+        for text in ("8/8", "test accuracy", "with batch norm", "without batch norm", "Held equal: data"):
+            assert text in shown
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(shown)
+
+
+class TestInterrupt:
+    def test_exits_130_and_leaves_nothing(self, data, tmp_path, capsys, monkeypatch):
+        def interrupted(*arguments):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(jbn.cli.train, "fit", interrupted)
+        before = tree(tmp_path)
+        assert main(["train", "--data", str(data), *SMALL, "--out", str(tmp_path / "a" / "b")]) == 130
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == ("", "jbn: interrupted.\n")
+        assert tree(tmp_path) == before
+
+
+class TestPieces:
+    def test_batches_are_the_same_for_the_same_seed_and_hold_no_row_twice(self):
+        order = batch_order(10, 4, 3, seed=1)
+        assert order.shape == (3, 2, 4)
+        np.testing.assert_array_equal(order, batch_order(10, 4, 3, seed=1))
+        assert all(len(set(epoch.ravel())) == 8 for epoch in order)
+        assert (order[0] != order[1]).any()
+
+    def test_calls_of_many_steps_are_the_steps_one_by_one(self, data, monkeypatch):
+        """Also where the last call of an epoch, and the last rows of an evaluation, are fewer."""
+        network = mlp((3, 4, 2), activation=jax.nn.sigmoid)
+        optimizer = optax.sgd(0.1)
+        step = make_train_step(network.apply, loss_fn, optimizer)
+        params, state = network.init(jax.random.key(0))
+        start = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+        loaded = load_data(data, 0, flat=True)
+        order = batch_order(len(loaded.x), 4, 2, seed=0)
+        assert order.shape == (2, 8, 4)
+
+        train_state, losses, accuracies = start, [], []
+        one = jax.jit(step)
+        for epoch in order:
+            for rows in epoch:
+                train_state, metrics = one(train_state, (loaded.x[rows], loaded.y[rows]))
+                losses.append(float(metrics["loss"]))
+            outputs, _ = network.apply(train_state.params, train_state.bn_state, loaded.x_test, train=False)
+            accuracies.append(float(np.mean(np.argmax(outputs, -1) == np.asarray(loaded.y_test))))
+
+        monkeypatch.setattr(jbn.cli.fit, "_STEPS_A_CALL", 3)
+        monkeypatch.setattr(jbn.cli.fit, "_ROWS_A_CALL", 5)
+        reports = []
+        done = fit(network, step, start, loaded, order, reports.append)
+        np.testing.assert_allclose(done.loss, losses, rtol=1e-5)
+        np.testing.assert_allclose(done.epochs["test_accuracy"], accuracies)
+        for a, b in zip(jax.tree.leaves(done.params), jax.tree.leaves(train_state.params), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        outputs, _ = network.apply(done.params, done.state, loaded.x, train=False)
+        np.testing.assert_allclose(done.epochs["train_loss"][-1], loss_fn(outputs, loaded.y), rtol=1e-5)
+        assert [report.steps for report in reports] == [3, 3, 2, 0] * 2
+        assert [report.accuracy for report in reports] == [None] * 3 + accuracies[:1] * 4 + accuracies[1:]
+
+    def test_splits_keep_the_share_of_each_class(self, tmp_path):
+        np.savez(tmp_path / "d.npz", x=np.arange(200.0).reshape(100, 2), y=(np.arange(100) % 10 == 0) * 1)
+        one, again = (load_data(tmp_path / "d.npz", 7, flat=True) for _ in range(2))
+        other = load_data(tmp_path / "d.npz", 8, flat=True)
+        assert (np.sum(one.y == 1), np.sum(one.y_test == 1), len(one.y_test)) == (8, 2, 20)
+        np.testing.assert_array_equal(one.x, again.x)
+        assert not np.array_equal(one.x, other.x)
+
+    def test_inputs_are_standardized_with_the_training_set(self, tmp_path):
+        rng = np.random.default_rng(0)
+        x, x_test, y = rng.normal(5, 3, (30, 4, 4, 2)), rng.normal(size=(6, 4, 4, 2)), np.arange(30) % 2
+        np.savez(tmp_path / "d.npz", x=x, y=y, x_test=x_test, y_test=y[:6])
+        loaded = load_data(tmp_path / "d.npz", 0, flat=False)
+        mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
+        np.testing.assert_allclose(loaded.x, (x - mean) / std, atol=1e-5)
+        np.testing.assert_allclose(loaded.x_test, (x_test - mean) / std, atol=1e-5)
+        flat = load_data(tmp_path / "d.npz", 0, flat=True)
+        np.testing.assert_array_equal(flat.x, np.reshape(loaded.x, (30, 32)))
+
+    def test_steps_to_a_loss_average_ten_steps(self):
+        def steps_to(losses, target):
+            return Fit(None, None, np.array(losses), np.zeros(0), {}, 0.0, 0.0).steps_to(target)
+
+        losses = [2.0] * 9 + [0.0] + [1.0] * 10
+        assert steps_to(losses, 1.8) == 10
+        assert steps_to(losses, 0.9) == 19
+        assert steps_to(losses, 0.5) is None
+        assert steps_to([3.0, 1.0], 2.0) == 2
+
+    def test_a_model_reloads_to_equal_arrays(self, tmp_path):
+        spec = NetworkSpec("mlp", (3, 4, 2), "z", "tanh", "bfloat16")
+        params, state = build(spec).init(jax.random.key(5))
+        _, inputs = jbn.normalize_inputs(np.eye(3, dtype=np.float32))
+        save_model(tmp_path / "m.safetensors", spec, params, state, inputs)
+        again = load_model(tmp_path / "m.safetensors")
+        assert again[0] == spec
+        for before, after in zip((params, state, inputs), again[1:], strict=True):
+            assert jax.tree.structure(before) == jax.tree.structure(after)
+            for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+                assert a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b)
+
+    def test_model_files_name_their_arrays(self, tmp_path):
+        from safetensors.numpy import load_file
+
+        spec = NetworkSpec("mlp", (3, 4, 2), "z", "tanh", "float32")
+        params, state = build(spec).init(jax.random.key(5))
+        save_model(tmp_path / "m.safetensors", spec, params, state, jbn.BNStats(*np.zeros((3, 3), np.float32)))
+        assert sorted(load_file(tmp_path / "m.safetensors")) == [
+            "inputs/count",
+            "inputs/mean",
+            "inputs/var",
+            "params/0/W",
+            "params/0/b",
+            "params/0/bn/beta",
+            "params/0/bn/gamma",
+            "params/1/W",
+            "params/1/b",
+            "state/0/count",
+            "state/0/mean",
+            "state/0/var",
+        ]
+
+    def test_json_has_null_for_what_is_not_finite(self):
+        document = {"a": [1.5, float("nan")], "b": np.float32("inf"), "c": np.arange(2)}
+        assert json.loads(to_json(document)) == {"a": [1.5, None], "b": None, "c": [0, 1]}
