@@ -55,9 +55,7 @@ def functions(name, *, train, shown=True):
     Outputs where the mask is False are left out of y: no loss may look at them.
     """
     args, mask, axis = problem(name)
-    visible = (
-        jnp.ones_like(args[0], bool) if mask is None or not shown else jnp.broadcast_to(mask, args[0].shape)
-    )
+    visible = jnp.ones_like(args[0], bool) if mask is None or not shown else jnp.broadcast_to(mask, args[0].shape)
 
     def ours(x, gamma, beta, eps, mean, var):
         state = BNState(mean, var, jnp.ones_like(mean, jnp.int32))
@@ -133,6 +131,25 @@ def test_gradient_with_respect_to_each_argument_alone(train, argnum):
         return jax.jvp(lambda a: fn(*args[:argnum], a, *args[argnum + 1 :]), (args[argnum],), (tangent,))
 
     assert_same(*(jax.jit(partial(forward, fn))() for fn in (ours, formula)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_large_batches_have_the_same_derivatives(offset):
+    """What is large is measured in another way than what is small."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(70_000, 2)) + offset)
+    args = (x, *map(jnp.asarray, rng.normal(size=(2, 2))), jnp.float64(0.1))
+    tangents = directions(args)
+
+    def ours(x, gamma, beta, eps):
+        y, stats = bn_apply(BNParams(gamma, beta), None, x, train=True, eps=eps)
+        return y, stats.mean, stats.var
+
+    def both(fn):
+        out, tangent = jax.jvp(fn, args, tangents)
+        return out, tangent, jax.grad(scalar(fn), range(4))(*args)
+
+    assert_same(*(jax.jit(partial(both, fn))() for fn in (ours, plain.train)), tolerance=1e-9)
 
 
 @MODES

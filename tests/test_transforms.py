@@ -79,6 +79,22 @@ def test_vmapped_gradients_equal_a_loop(train):
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_large_batches_of_which_one_needs_a_second_pass_equal_a_loop():
+    """What is large is measured in another way than what is small, and an offset in another way again."""
+    params, state, _, _ = problem()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 70_000, 3)) + np.reshape([0, 1e4], (2, 1, 1)), jnp.float32)
+
+    def run(x):
+        stats = bn_apply(params, state, x, train=True)[1]
+        return stats, jax.grad(lambda p: loss(p, x, state, train=True) / x.size)(params)
+
+    one = jax.jit(run)
+    assert_equal(jax.jit(jax.vmap(run))(x), stacked([one(x[0]), one(x[1])]), 1e-5)
+    exact = np.var(np.asarray(x, np.float64), axis=1)
+    np.testing.assert_allclose(jax.jit(jax.vmap(run))(x)[0].var, exact, rtol=1e-5)
+
+
 def test_per_example_gradients_of_an_unbatched_axis(train):
     """The gradients of each output's loss: vmap over the cotangent."""
     params, state, x, _ = problem()
