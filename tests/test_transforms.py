@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hostile import HOSTILE, assert_equal, loss, member, problem, stacked, step
 
@@ -78,7 +79,6 @@ def test_vmapped_gradients_equal_a_loop(train):
     assert_equal(got, stacked([run(*member((params, x, state, mask), i)) for i in range(4)]), 1e-5)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_large_batches_of_which_one_needs_a_second_pass_equal_a_loop():
     """What is large is measured in another way than what is small, and an offset in another way again."""
     params, state, _, _ = problem()
@@ -95,6 +95,7 @@ def test_large_batches_of_which_one_needs_a_second_pass_equal_a_loop():
     np.testing.assert_allclose(jax.jit(jax.vmap(run))(x)[0].var, exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_per_example_gradients_of_an_unbatched_axis(train):
     """The gradients of each output's loss: vmap over the cotangent."""
     params, state, x, _ = problem()
