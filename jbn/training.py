@@ -162,9 +162,7 @@ def _mean_gradient(objective, params, bn_state, micro, parts, names):
     if parts == 1:
         (loss, stats), grads = gradient(own, bn_state, jax.tree.map(lambda leaf: leaf[0], micro))
     else:
-        zeros = jax.tree.map(
-            lambda p: enter(jnp.zeros(p.shape, _checks.compute_dtype(p.dtype)), names), params
-        )
+        zeros = jax.tree.map(lambda p: enter(jnp.zeros(p.shape, _checks.compute_dtype(p.dtype)), names), params)
         total, (losses, stacked) = lax.scan(one, zeros, micro)
         loss, stats = jnp.mean(losses), bn_merge_stats(stacked, axis=0)
         grads = jax.tree.map(lambda t, p: (t / parts).astype(p.dtype), total, params)
@@ -188,15 +186,11 @@ def _over_devices(grads, names):
 def _split(batch: Any, parts: int) -> Any:
     """The batch as ``parts`` consecutive microbatches, stacked along a new axis 0."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"batch: got {type(batch).__name__}; expected (x, y); call step(train_state, (x, y))."
-        )
+        raise TypeError(f"batch: got {type(batch).__name__}; expected (x, y); call step(train_state, (x, y)).")
     batch = jax.tree.map(jnp.asarray, tuple(batch))
     shapes = [leaf.shape for leaf in jax.tree.leaves(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
-        raise ValueError(
-            f"batch: got shapes {shapes}; expected one leading size, the examples; give each x its y."
-        )
+        raise ValueError(f"batch: got shapes {shapes}; expected one leading size, the examples; give each x its y.")
     size = shapes[0][0]
     if size % parts:
         raise ValueError(

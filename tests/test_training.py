@@ -1,71 +1,25 @@
-"""One training step: what moves and what stays, for each optimizer, split, skipped, scanned and sharded."""
-
-from functools import cache, partial
+"""One training step: what moves and what stays, for each optimizer, split, skipped."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from training_setup import (
+    OPTIMIZERS,
+    SIZES,
+    assert_close,
+    assert_identical,
+    batch,
+    linear,
+    mlp,
+    setup,
+    squared_error,
+    start,
+)
 
 from jbn import BNState, bn_labels, bn_merge_stats, bn_update_stats, weight_decay_mask
-from jbn.networks import mlp
 from jbn.training import TrainState, make_train_step
-
-OPTIMIZERS = {
-    "sgd": optax.sgd(0.05),
-    "momentum": optax.sgd(0.05, momentum=0.9),
-    "rmsprop": optax.rmsprop(0.03),
-    "adam": optax.adam(0.03),
-}
-SIZES = (4, 6, 2)
-
-
-def squared_error(outputs, y):
-    return jnp.mean(jnp.square(outputs.astype(y.dtype) - y))
-
-
-@partial(jax.jit, static_argnums=0)
-def generic(network, key):
-    """Params in which γ, β and b are neither 0 nor 1, and the state."""
-    params, bn_state = network.init(key)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    leaves = [p + 0.1 * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, leaves), bn_state
-
-
-def start(network, optimizer, key=0):
-    params, bn_state = generic(network, jax.random.key(key))
-    with jax.numpy_dtype_promotion("standard"):
-        return TrainState(params, bn_state, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-
-def batch(n=16, seed=0):
-    rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, SIZES[0])) * 2 + 1
-    y = np.stack([np.sin(x).sum(1), x.prod(1)], 1)
-    return jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
-
-
-@cache
-def setup(norm="z", optimizer="sgd", **options):
-    """(network, train state, jitted step), compiled once for all tests."""
-    network, optimizer = mlp(SIZES, norm=norm), OPTIMIZERS.get(optimizer, optimizer)
-    step = jax.jit(make_train_step(network.apply, squared_error, optimizer, **options))
-    return network, start(network, optimizer), step
-
-
-def assert_close(got, want, rtol=1e-4, atol=1e-5):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-
-def assert_identical(got, want):
-    assert_close(got, want, rtol=0, atol=0)
 
 
 def test_a_step_of_sgd_is_that_of_the_plain_formulas_in_float64():
@@ -106,9 +60,7 @@ def test_a_step_of_sgd_is_that_of_the_plain_formulas_in_float64():
     assert new.step == 1
 
 
-@pytest.mark.parametrize(
-    ("norm", "name"), [*(("z", name) for name in OPTIMIZERS), ("a", "adam"), (None, "adam")]
-)
+@pytest.mark.parametrize(("norm", "name"), [*(("z", name) for name in OPTIMIZERS), ("a", "adam"), (None, "adam")])
 def test_every_optimizer_moves_W_b_gamma_beta_except_b_under_a_norm(norm, name):
     _, old, step = setup(norm, name)
     new = old
@@ -163,19 +115,35 @@ def test_batch_norm_can_have_a_learning_rate_of_its_own():
 @pytest.mark.parametrize(
     "optimizer",
     [
-        optax.lbfgs(),
-        optax.chain(optax.adam(0.01), optax.contrib.reduce_on_plateau()),
-        optax.inject_hyperparams(optax.sgd)(learning_rate=optax.cosine_decay_schedule(0.1, 10)),
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, mask=weight_decay_mask)),
+        optax.lbfgs(memory_size=2),
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.inject_hyperparams(optax.adam)(learning_rate=optax.cosine_decay_schedule(0.1, 10)),
+            optax.contrib.reduce_on_plateau(),
+        ),
     ],
-    ids=["lbfgs", "reduce_on_plateau", "inject_hyperparams", "clip"],
+    ids=["lbfgs", "clip-schedule-reduce_on_plateau"],
 )
 def test_optimizers_that_want_more_than_gradients_are_served(optimizer):
-    _, old, step = setup("z", optimizer, accumulate=2)
-    new, first = step(old, batch())
+    W = jnp.ones((4, 2), jnp.float32)
+    step = jax.jit(make_train_step(linear, squared_error, optimizer, accumulate=2))
+    with jax.numpy_dtype_promotion("standard"):
+        train_state = TrainState(W, None, optimizer.init(W), jnp.zeros((), jnp.int32))
+    train_state, first = step(train_state, batch())
     for _ in range(3):
-        new, metrics = step(new, batch())
+        train_state, metrics = step(train_state, batch())
     assert metrics["loss"] < first["loss"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_model_of_ones_own_needs_no_batch_norm(accumulate):
+    x, y = batch()
+    W = jnp.ones((4, 2), jnp.float32)
+    step = make_train_step(linear, squared_error, optax.sgd(0.1), accumulate=accumulate)
+    new, _ = jax.jit(step)(TrainState(W, None, optax.sgd(0.1).init(W), jnp.zeros((), jnp.int32)), (x, y))
+    X, Y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(new.params, 1 - 0.1 * 2 * X.T @ (X @ np.ones((4, 2)) - Y) / Y.size, rtol=1e-4)
+    assert new.bn_state is None
 
 
 def test_accumulation_without_a_norm_is_the_step_of_the_full_batch():
@@ -204,9 +172,7 @@ def test_accumulation_means_gradients_and_merges_statistics_of_consecutive_micro
     assert_close(new.bn_state, bn_update_stats(old.bn_state, merged, momentum=0.7))
     np.testing.assert_allclose(metrics["loss"], np.mean([v for (v, _), _ in micro]), rtol=1e-5)
     # The first layer sees the same values whatever the split: its statistics are those of the full batch.
-    z = np.asarray(x, np.float64) @ np.asarray(old.params[0]["W"], np.float64) + np.asarray(
-        old.params[0]["b"]
-    )
+    z = np.asarray(x, np.float64) @ np.asarray(old.params[0]["W"], np.float64) + np.asarray(old.params[0]["b"])
     z = np.maximum(z, 0) if norm == "a" else z
     np.testing.assert_allclose(new.bn_state[0].mean, z.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new.bn_state[0].var, z.var(0, ddof=1), rtol=1e-4)
@@ -260,114 +226,6 @@ def test_without_skip_nonfinite_the_bad_batch_reaches_the_parameters():
     assert_identical(new.bn_state[0], old.bn_state[0])  # batch norm looks after its own
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_second_step_is_not_traced_again(accumulate):
-    network, traces = mlp(SIZES), []
-
-    def loss_fn(outputs, y):
-        traces.append(outputs.shape)
-        return squared_error(outputs, y)
-
-    optimizer = OPTIMIZERS["adam"]
-    step = jax.jit(make_train_step(network.apply, loss_fn, optimizer, accumulate=accumulate))
-    params, bn_state = network.init(jax.random.key(0))
-    train_state = TrainState(params, bn_state, optimizer.init(params), jnp.zeros((), jnp.int32))
-    train_state, _ = step(train_state, batch())
-    once = len(traces)
-    for seed in range(3):
-        train_state, _ = step(train_state, batch(seed=seed))
-    assert len(traces) == once >= 1
-    assert step._cache_size() == 1
-
-
-def test_the_train_state_can_be_donated():
-    network, _, step = setup("z", "adam")
-    params, bn_state = network.init(jax.random.key(0))
-    old = TrainState(params, bn_state, OPTIMIZERS["adam"].init(params), jnp.zeros((), jnp.int32))
-    want = step(old, batch())
-    got = jax.jit(step, donate_argnums=0)(old, batch())
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    assert_identical(got, want)
-
-
-def test_the_train_state_is_a_carry_of_scan():
-    _, old, step = setup("z", "adam")
-    batches = [batch(seed=seed) for seed in range(4)]
-    want, losses = old, []
-    for one in batches:
-        want, metrics = step(want, one)
-        losses.append(metrics["loss"])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-    got, metrics = jax.jit(lambda s, b: jax.lax.scan(step, s, b))(old, stacked)
-    assert_close(got, want)
-    assert_close(metrics["loss"], jnp.stack(losses))
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_ensemble_of_train_states_is_a_vmap_and_each_member_skips_alone(accumulate):
-    network, _, step = setup("z", "adam", accumulate=accumulate)
-    members = [start(network, OPTIMIZERS["adam"], key) for key in (0, 10, 20)]
-    x, y = batch()
-    xs = jnp.stack([x, x.at[0, 0].set(jnp.inf), x + 1])
-    got, metrics = jax.jit(jax.vmap(step, in_axes=(0, (0, None))))(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *members), (xs, y)
-    )
-    np.testing.assert_array_equal(metrics["skipped"], [False, True, False])
-    for i, member in enumerate(members):
-        want, _ = step(member, (xs[i], y))
-        assert_close(jax.tree.map(lambda leaf: leaf[i], got), want)  # noqa: B023
-
-
-def mapped(kind, step):
-    """The step, its batch split over 8 devices (or members of a vmap), its train state replicated."""
-    if kind in ("vmap", "pmap"):
-        options = {"in_axes": (None, 0), "out_axes": None, "axis_name": "data"}
-        inner = jax.jit(jax.vmap(step, **options)) if kind == "vmap" else jax.pmap(step, **options)
-        return lambda train_state, batch: inner(
-            train_state, jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch)
-        )
-    checks = {} if kind == "shard_map" else {"check_vma": False}
-    mesh = jax.make_mesh((8,), ("data",))
-    inner = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), **checks))
-    return lambda train_state, batch: inner(
-        train_state, jax.device_put(batch, NamedSharding(mesh, P("data")))
-    )
-
-
-@pytest.mark.parametrize("norm", ["z", "a", None])
-def test_a_sharded_step_is_the_step_on_the_whole_batch(norm):
-    network, old, step = setup(norm, "momentum")
-    sharded = mapped(
-        "shard_map", make_train_step(network.apply, squared_error, OPTIMIZERS["momentum"], axis_name="data")
-    )
-    got = want = (old, None)
-    for seed in range(2):
-        got, want = sharded(got[0], batch(32, seed)), step(want[0], batch(32, seed))
-    assert_close(got, want)
-    x, y = batch(32)
-    bad, metrics = sharded(got[0], (x.at[9].set(jnp.nan), y))
-    assert metrics["skipped"]
-    assert_identical(bad[:3], got[0][:3])
-
-
-@pytest.mark.parametrize("kind", ["vmap", "pmap", "unchecked"])
-def test_other_ways_to_bind_the_axis_give_the_same_update(kind):
-    network, old, step = setup()
-    split = make_train_step(network.apply, squared_error, OPTIMIZERS["sgd"], axis_name="data")
-    assert_close(mapped(kind, split)(old, batch(32)), step(old, batch(32)))
-
-
-def test_accumulation_on_many_devices_merges_the_same_microbatch_of_all_of_them():
-    network, old, step = setup(accumulate=2)
-    split = make_train_step(network.apply, squared_error, OPTIMIZERS["sgd"], accumulate=2, axis_name="data")
-    got = mapped("shard_map", split)(old, batch(32))
-    # Microbatch j is the j-th half of every device's rows.
-    by_micro = jax.tree.map(
-        lambda leaf: leaf.reshape(8, 2, 2, -1).swapaxes(0, 1).reshape(leaf.shape), batch(32)
-    )
-    assert_close(got, step(old, by_micro))
-
-
 def test_a_network_that_computes_in_bfloat16_keeps_float32_for_all_that_is_carried():
     network, optimizer = mlp(SIZES, dtype=jnp.bfloat16), OPTIMIZERS["adam"]
     step = jax.jit(make_train_step(network.apply, squared_error, optimizer, accumulate=2))
@@ -386,22 +244,6 @@ def test_a_narrow_loss_is_reported_in_float32():
     _, metrics = jax.eval_shape(step, start(network, optimizer), batch())
     assert metrics["loss"].dtype == jnp.float32
     assert metrics["skipped"].dtype == jnp.bool_
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_model_of_ones_own_needs_no_batch_norm(accumulate):
-    def apply(params, bn_state, x, *, train):
-        assert train
-        return x["in"] @ params, None
-
-    x, y = batch()
-    W = jnp.ones((4, 2), jnp.float32)
-    step = make_train_step(apply, squared_error, optax.sgd(0.1), accumulate=accumulate)
-    old = TrainState(W, None, optax.sgd(0.1).init(W), jnp.zeros((), jnp.int32))
-    new, _ = jax.jit(step)(old, ({"in": x}, y))
-    X, Y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    np.testing.assert_allclose(new.params, 1 - 0.1 * 2 * X.T @ (X @ np.ones((4, 2)) - Y) / Y.size, rtol=1e-4)
-    assert new.bn_state is None
 
 
 @pytest.mark.parametrize("norm", ["z", "a"])
@@ -424,7 +266,7 @@ def test_handwritten_digits_are_read_with_more_than_95_percent_accuracy(norm):
     for _ in range(6):
         train_state, metrics = epoch(train_state, train)
     outputs, _ = network.apply(train_state.params, train_state.bn_state, x[1408:], train=False)
-    assert np.mean(np.argmax(outputs, 1) == y[1408:]) > 0.95
+    assert np.mean(np.argmax(np.asarray(outputs), 1) == np.asarray(y[1408:])) > 0.95
     assert not metrics["skipped"].any()
     assert train_state.step == 132
 
