@@ -203,6 +203,12 @@ def picture(rows: list[Row]) -> Any:
     return figure
 
 
+def _finite(row):
+    """JSON knows no infinity: null."""
+    row["errors"] = {name: value if np.isfinite(value) else None for name, value in row["errors"].items()}
+    return row
+
+
 def main() -> None:
     options = harness.parser(__doc__)
     listed = harness.comma_separated
@@ -235,7 +241,7 @@ def main() -> None:
         "versions": versions,
         "shape": SHAPE,
         "notes": skipped + notes,
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [_finite(dataclasses.asdict(row)) for row in rows],
     }
     stem = "accuracy-quick" if options.quick else f"accuracy-{datetime.date.today().isoformat()}"
     print("\nwritten:", *harness.write(options.out, stem, record, text, picture(rows)))

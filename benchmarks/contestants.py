@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 EPS = 1e-5
-FAR = 1e3  # mean/std of the data on which jbn makes its second pass
+FAR = 1e3  # mean/std of the data on which jbn makes its second pass, on a CPU
 MODES = ("forward", "forward+backward", "evaluation")
 
 

@@ -100,7 +100,7 @@ def page(run: Run) -> str:
         ),
         f"The floor counts {PASSES['forward']} passes over x for forward, {PASSES['forward+backward']} for "
         f"forward+backward and {PASSES['evaluation']} for evaluation, at the bandwidth of a copy of x. "
-        f"Data with mean/std {FAR:.0e} makes jbn take its second pass over x at every call.",
+        f"Data with mean/std {FAR:.0e} makes jbn take its second pass over x at every call, on a CPU.",
     ]
     for group in groups:
         rows = [
