@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jbn._pytrees import BNParams, BNState, BNStats
+
+_TRAINING_STATS = "pass what normalize_inputs returned for the training set"
 
 __all__ = [
     "as_axes",
@@ -28,6 +31,7 @@ __all__ = [
     "as_momentum",
     "as_names",
     "as_params",
+    "as_stack_axis",
     "as_state",
     "as_stats",
     "compute_dtype",
@@ -63,21 +67,38 @@ def as_flag(name: str, value: Any) -> bool:
 
 
 def as_batch(name: str, x: Any) -> jax.Array:
-    """A real floating-point array."""
-    x = jnp.asarray(x)
+    """A real floating-point array, of rank 1 or more."""
+    x = _as_array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(
             f"{name}: got dtype {x.dtype}; expected a real floating-point array; "
             f"convert it with {name}.astype(jnp.float32)."
+        )
+    if not x.ndim:
+        raise ValueError(
+            f"{name}: got rank 0; expected at least one axis, the features; pass {name}[None] for a single value."
         )
     return x
 
 
 def as_data(name: str, x: Any) -> jax.Array:
     """A real array; integers and booleans become float32."""
-    x = jnp.asarray(x)
+    x = _as_array(name, x)
     exact = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_
     return as_batch(name, x.astype(jnp.float32) if exact else x)
+
+
+def _as_array(name: str, x: Any) -> jax.Array:
+    if not _is_numbers(x):
+        raise TypeError(f"{name}: got {_kind(x)}; expected a real floating-point array; pass the data.")
+    return jnp.asarray(x)
+
+
+def _is_numbers(x: Any) -> bool:
+    """Whether ``x`` is an array, a number, or nested lists of them."""
+    if isinstance(x, (list, tuple)):
+        return not isinstance(x, (BNParams, BNState, BNStats)) and all(map(_is_numbers, x))
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, int, float, complex)) or hasattr(x, "__jax_array__")
 
 
 def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -99,13 +120,27 @@ def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
-                f"axis: got {a}; expected {-ndim} ≤ axis < {ndim} for x of rank {ndim}; "
-                f"name feature axes that x has."
+                f"axis: got {a}; expected {-ndim} ≤ axis < {ndim} for x of rank {ndim}; name feature axes that x has."
             )
     canonical = tuple(sorted(a % ndim for a in axes))
     if len(set(canonical)) != len(canonical):
         raise ValueError(f"axis: got {axis!r}; expected distinct axes; name each feature axis once.")
     return canonical
+
+
+def as_stack_axis(axis: Any) -> int | None:
+    """None, or the axis along which statistics are stacked."""
+    _static("axis", axis)
+    if axis is None:
+        return None
+    try:
+        if isinstance(axis, bool):
+            raise TypeError
+        return operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"axis: got {axis!r}; expected None or an int; pass axis=0 where each argument is a stack."
+        ) from None
 
 
 def as_feature_shape(num_features: Any) -> tuple[int, ...]:
@@ -123,8 +158,7 @@ def as_feature_shape(num_features: Any) -> tuple[int, ...]:
         ) from None
     if not shape or any(n < 1 for n in shape):
         raise ValueError(
-            f"num_features: got {num_features!r}; expected sizes of at least 1; "
-            f"pass the size of each feature axis."
+            f"num_features: got {num_features!r}; expected sizes of at least 1; pass the size of each feature axis."
         )
     return shape
 
@@ -153,13 +187,11 @@ def as_params(params: Any, shape: tuple[int, ...]) -> BNParams:
     return params
 
 
-def _of_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _of_shape(name: str, value: Any, shape: tuple[int, ...], hint: str = "") -> None:
     if jnp.shape(value) != shape:
         size = shape[0] if len(shape) == 1 else shape
-        raise ValueError(
-            f"{name}: got shape {jnp.shape(value)}; expected {shape}, the size of x along axis; "
-            f"make it with bn_init({size}), or name other feature axes in axis."
-        )
+        hint = hint or f"make it with bn_init({size}), or name other feature axes in axis"
+        raise ValueError(f"{name}: got shape {jnp.shape(value)}; expected {shape}, the size of x along axis; {hint}.")
 
 
 def as_state(state: Any, shape: tuple[int, ...]) -> BNState:
@@ -182,11 +214,11 @@ def as_state(state: Any, shape: tuple[int, ...]) -> BNState:
 def as_stats(stats: Any, shape: tuple[int, ...]) -> BNStats:
     """BNStats whose fields have the feature shape."""
     if not isinstance(stats, BNStats):
-        raise TypeError(
-            f"stats: got {_kind(stats)}; expected BNStats; pass what normalize_inputs returned for the training set."
-        )
+        pair = isinstance(stats, tuple) and len(stats) == 2 and isinstance(stats[1], BNStats)
+        hint = "unpack the pair: z, stats = normalize_inputs(...)" if pair else _TRAINING_STATS
+        raise TypeError(f"stats: got {_kind(stats)}; expected BNStats; {hint}.")
     for name, value in zip(BNStats._fields, stats, strict=True):
-        _of_shape(f"stats.{name}", value, shape)
+        _of_shape(f"stats.{name}", value, shape, "pass the stats of data with the same features")
     return stats
 
 
@@ -228,7 +260,7 @@ def _scalar(name: str, value: Any) -> None:
     real = jnp.issubdtype(jnp.result_type(value), jnp.floating) if _is_numeric(value) else False
     integral = _is_numeric(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
     if not (real or integral) or jnp.shape(value) != ():
-        shown = f"shape {jnp.shape(value)}" if _is_numeric(value) else repr(value)
+        shown = f"shape {jnp.shape(value)}" if _is_numeric(value) and jnp.shape(value) else repr(value)
         raise TypeError(f"{name}: got {shown}; expected one real number; pass a scalar.")
 
 
@@ -263,8 +295,7 @@ def as_momentum(momentum: Any) -> Any:
     known = _concrete(momentum)
     if known is not None and not 0 <= known <= 1:
         raise ValueError(
-            f"momentum: got {momentum}; expected 0 ≤ momentum ≤ 1, the share kept; "
-            f"pass 1 - m for PyTorch's momentum m."
+            f"momentum: got {momentum}; expected 0 ≤ momentum ≤ 1, the share kept; pass 1 - m for PyTorch's momentum m."
         )
     return momentum
 

@@ -178,9 +178,7 @@ def _normalized(layout, params, x, eps, moments, mask):
     return normalize(layout, x, gamma, beta, jnp.asarray(eps, dtype), moments, mask)
 
 
-def bn_update_stats(
-    state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool = True, unbiased: bool = True
-) -> Any:
+def bn_update_stats(state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool = True, unbiased: bool = True) -> Any:
     """Moves running statistics towards those of a batch: running ← (1−w)·running + w·batch.
 
     With ``debias`` w = (1−d)/(1−dᵗ) at update t and momentum d: the first update copies the batch, so

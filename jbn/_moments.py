@@ -4,6 +4,7 @@ What is measured here carries no derivative: the rule in ``_normalize`` owns all
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbn._checks import as_stack_axis
 from jbn._named_axes import all_gather, separate
 from jbn._pytrees import BNStats, map_nodes
 
@@ -18,6 +20,10 @@ __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_ove
 
 # How much larger than σ² a mean square may be before the digits that cancel are missed: four bits.
 _CANCELLATION = 16
+# One value in so many is in the sample, where a branch looks at what was lost; elsewhere one in _CANCELLATION.
+_SPARSE = 256
+# Up to here a second read of x costs next to nothing, and XLA:CPU sums in the order of the rows, less exactly.
+_SMALL = 2**17
 
 
 class Moments(NamedTuple):
@@ -34,54 +40,52 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
 
     All of it is one formula: with a shift s, μ = s + mean(x−s) and σ² = mean((x−s)²) − mean(x−s)². The
     difference loses log2(mean((x−s)²)/σ²) bits, so s must be near μ, and the question is how to find it in
-    less than a read of x. A CPU takes s = 0 and looks at what was lost: a branch is cheap there. On a GPU a
-    branch makes the host wait, and on both it is paid for; there s is the mean of a sample.
+    less than a read of x. A small x is read twice. For a large one s is the mean of a sample. The mean of a
+    fraction f of the values, *whichever they are*, is never further from μ than σ·√((1−f)/f)
+    (Cauchy–Schwarz, on the indicator of the sample): a sixteenth loses four bits on the worst data there is,
+    and none on data that are not made for it. A CPU does with less, since it can afford to look at what was
+    lost and read again; on a GPU a branch makes the host wait, and on both its operand is paid for.
     """
     x = lax.stop_gradient(x)
     count = _count(x, mask, reduce_axes, dtype)
-    parts = lax.platform_dependent(
-        x,
-        mask,
-        1 / jnp.maximum(count, 1),
-        cpu=partial(_shifted_if_needed, reduce_axes),
-        default=partial(_shifted_by_sample, reduce_axes),
-    )
+    share = 1 / jnp.maximum(count, 1)
+    if not all(isinstance(n, int) for n in x.shape) or x.size <= _SMALL:  # an exported size may be open
+        parts = _about_mean(reduce_axes, x, mask, share)
+    else:
+        ways = (_about_sample_or_mean, _about_sample if mask is None else _about_mean)  # a mask may empty a sample
+        cpu, default = (partial(way, reduce_axes) for way in ways)
+        parts = lax.platform_dependent(x, mask, share, cpu=cpu, default=default)
     return Moments(*parts, count)
 
 
-def _shifted_if_needed(reduce_axes, x, mask, share):
-    """Raw sums, and where some channel lost more than four bits (or is not finite) a second read about μ."""
-    (x1, mask1), (x2, mask2) = separate(((x, mask), (x, mask)))
-    mean = _total(x1.astype(share.dtype), mask1, reduce_axes) * share
-    square = _total(lax.square(x2.astype(share.dtype)), mask2, reduce_axes) * share
-    var = square - lax.square(mean)
-    harmless = jnp.all(square <= _CANCELLATION * var)  # False for a NaN and an overflow, too
-    return lax.cond(harmless, _as_they_are, partial(_shifted, reduce_axes), x, mask, share, mean, var)
+def _about_mean(reduce_axes, x, mask, share):
+    """Two reads: the mean, and sums about it."""
+    return _about(reduce_axes, x, mask, share, _total(x.astype(share.dtype), mask, reduce_axes) * share)[:3]
 
 
-def _shifted_by_sample(reduce_axes, x, mask, share):
-    """One read about the mean of a sample of x.
-
-    The mean of a fraction f of the values, *whichever they are*, is never further from μ than
-    σ·√((1−f)/f) (Cauchy–Schwarz, on the indicator of the sample). So a sixteenth loses four bits on the
-    worst data there is, and none on data that are not made for it. A mask can empty the sample; then the
-    shift is the mean itself, one more read.
-    """
-    if mask is None:
-        sample = _sample(x, reduce_axes)
-        number = max(1, math.prod(sample.shape[a] for a in reduce_axes))
-        shift = _total(sample.astype(share.dtype), None, reduce_axes) / number
-    else:
-        shift = _total(x.astype(share.dtype), mask, reduce_axes) * share
-    return _shifted(reduce_axes, x, mask, share, shift, shift)
+def _about_sample(reduce_axes, x, mask, share):
+    """One read, and a sixteenth for the sample."""
+    return _about(reduce_axes, x, mask, share, _sample_mean(x, mask, reduce_axes, share.dtype, _CANCELLATION))[:3]
 
 
-def _as_they_are(x, mask, share, mean, var):
-    return mean, jnp.zeros_like(mean), var
+def _about_sample_or_mean(reduce_axes, x, mask, share):
+    """One read; where some channel lost more than four bits (or is not finite) another, about the mean."""
+    shift = _sample_mean(x, mask, reduce_axes, share.dtype, _SPARSE)
+    mean, delta, var, square = _about(reduce_axes, x, mask, share, shift)
+    harmless = jnp.all((square <= _CANCELLATION * var) & jnp.isfinite(square))
+    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, mean, delta, var)
 
 
-def _shifted(reduce_axes, x, mask, share, shift, var):
-    """μ in two parts and σ², by sums about ``shift``. Scaled before they are summed: the range is that of σ²."""
+def _as_it_is(x, mask, share, mean, delta, var):
+    return mean, delta, var
+
+
+def _again(reduce_axes, x, mask, share, mean, delta, var):
+    return _about(reduce_axes, x, mask, share, mean)[:3]
+
+
+def _about(reduce_axes, x, mask, share, shift):
+    """μ in two parts, σ² and the mean square, by sums about ``shift``; scaled first, so their range is that of σ²."""
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     (x1, mask1, shift1, share1), (x2, mask2, shift2, _) = separate(((x, mask, shift, share),) * 2)
     first = (x1.astype(share.dtype) - lax.expand_dims(shift1, reduce_axes)) * lax.expand_dims(share1, reduce_axes)
@@ -89,27 +93,31 @@ def _shifted(reduce_axes, x, mask, share, shift, var):
     delta = _total(first, mask1, reduce_axes)
     square = 16 * (_total(lax.square(second), mask2, reduce_axes) * share)
     mean = shift + delta
-    return mean, delta - (mean - shift), jnp.maximum(square - lax.square(delta), 0)
+    var = jnp.where(jnp.isinf(square), square, jnp.maximum(square - lax.square(delta), 0))  # no inf − inf
+    return mean, delta - (mean - shift), var, square
 
 
 def _total(values, mask, reduce_axes):
     return jnp.sum(values if mask is None else jnp.where(mask, values, 0), reduce_axes)
 
 
-def _sample(x: jax.Array, reduce_axes: tuple[int, ...]) -> jax.Array:
-    """About a sixteenth of the values of each channel, evenly spread.
+def _sample_mean(x, mask, reduce_axes, dtype, sparsity):
+    """The mean of about one in ``sparsity`` of the values of each channel, evenly spread; 0 if a mask empties it.
 
     Slices of the leading axes are a few contiguous reads, and small strides of a sharded axis stay on
     their shards; the two minor axes are tiled on a TPU, and sliced only if the others are too short.
     """
     strides = [1] * x.ndim
     for axes in ([a for a in reduce_axes if a < x.ndim - 2], reduce_axes):
-        while axes and math.prod(strides) < _CANCELLATION:
+        while axes and math.prod(strides) < sparsity:
             axis = max(axes, key=lambda a: x.shape[a] // strides[a])
             if x.shape[axis] < 2 * strides[axis]:
                 break
             strides[axis] *= 2
-    return lax.slice(x, [0] * x.ndim, x.shape, strides)
+    x = lax.slice(x, [0] * x.ndim, x.shape, strides)
+    if mask is not None:
+        mask = lax.slice(mask, [0] * x.ndim, mask.shape, strides)
+    return _total(x.astype(dtype), mask, reduce_axes) / jnp.maximum(_count(x, mask, reduce_axes, dtype), 1)
 
 
 def _count(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -190,22 +198,26 @@ def bn_merge_stats(*stats: Any, axis: int | None = None) -> Any:
         Chan, Golub & LeVeque 1983, "Algorithms for Computing the Sample Variance", equation 2.1.
     """
     if not stats:
-        raise ValueError(
-            "stats: got no arguments; expected at least one BNStats; pass what bn_apply returned."
-        )
+        raise ValueError("stats: got no arguments; expected at least one BNStats; pass what bn_apply returned.")
+
+    axis = as_stack_axis(axis)
 
     def merge(*nodes, path):
+        for node in nodes:
+            _of_one_shape(path, map(jnp.shape, node))
         fields = [_stacked(node, axis, path) for node in nodes]
-        shapes = {jnp.shape(leaf)[1:] for node in fields for leaf in node}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"stats{path}: got shapes {sorted(shapes)}; expected one; merge statistics of the same layer."
-            )
+        _of_one_shape(path, (node.mean.shape[1:] for node in fields))
         mean, var, count = (jnp.concatenate(column) for column in zip(*fields, strict=True))
         merged = pool(Moments(mean, jnp.zeros_like(mean), var, count.astype(mean.dtype)))
         return as_stats(merged.mean + merged.delta, merged.var, merged.count)
 
     return map_nodes(merge, tuple(("stats", BNStats) for _ in stats), *stats)
+
+
+def _of_one_shape(path: str, shapes: Iterable[tuple[int, ...]]) -> None:
+    distinct = sorted(set(shapes))
+    if len(distinct) > 1:
+        raise ValueError(f"stats{path}: got shapes {distinct}; expected one; merge statistics of the same layer.")
 
 
 def _stacked(node: BNStats, axis: int | None, path: str) -> BNStats:

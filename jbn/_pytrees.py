@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import numpy as np
 
-__all__ = ["BNParams", "BNState", "BNStats", "bn_labels", "map_nodes", "weight_decay_mask"]
+__all__ = ["BNParams", "BNState", "BNStats", "bn_labels", "kind_of", "map_nodes", "weight_decay_mask"]
 
 # Last keys of leaves that weight decay leaves alone, beside everything in a BNParams.
 _UNDECAYED = frozenset({"b", "bias", "gamma", "beta", "scale", "offset"})
@@ -87,9 +88,7 @@ for _node in (BNParams, BNState, BNStats):
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"jbn.{_node.__name__}")
 
 
-def map_nodes(
-    fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *trees: Any, path: str = ""
-) -> Any:
+def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *trees: Any, path: str = "") -> Any:
     """Maps ``fn`` over the nodes of several trees at matching places.
 
     ``expected`` holds (argument name, node type) for each tree. A None in the first tree takes
@@ -103,37 +102,45 @@ def map_nodes(
             if not isinstance(node, kind):
                 # A wrong thing as the whole argument is a wrong type; inside trees it is a wrong structure.
                 error = ValueError if path else TypeError
-                raise error(_mismatch(name + path, node, kind.__name__, lead_name))
+                hint = _pair_hint(node) or _structure_hint(lead_name)
+                raise error(f"{name}{path}: got {_shown(node)}; expected {kind.__name__}; {hint}.")
         return fn(*trees, path=path)
     keys, children, treedef = _one_level(lead)
-    if keys is None:
-        expectation = f"{lead_type.__name__}, or a pytree of them"
-        hint = _confusion(lead, lead_type) or "pass what bn_init or a network's init returned"
-        raise TypeError(f"{lead_name}{path}: got {_kind(lead)}; expected {expectation}; {hint}.")
+    pair = _pair_hint(lead)
+    if keys is None or pair:
+        hint = pair or _confusion(lead, lead_type)
+        wanted = f"{lead_type.__name__}, or a pytree of them"
+        raise TypeError(f"{lead_name}{path}: got {kind_of(lead)}; expected {wanted}; {hint}.")
     columns = [children]
     for (name, _), tree in zip(expected[1:], trees[1:], strict=True):
         other_keys, other_children, _ = _one_level(tree)
         if other_keys != keys or type(tree) is not type(lead):
-            raise ValueError(_mismatch(name + path, tree, _outline(lead, keys), lead_name))
+            hint = _structure_hint(lead_name)
+            raise ValueError(f"{name}{path}: got {_shown(tree)}; expected {_outline(lead, keys)}; {hint}.")
         columns.append(other_children)
-    mapped = [
-        map_nodes(fn, expected, *row, path=path + key) for key, *row in zip(keys, *columns, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, mapped)
+    rows = zip(keys, *columns, strict=True)
+    return jax.tree.unflatten(treedef, [map_nodes(fn, expected, *row, path=path + key) for key, *row in rows])
 
 
 def _one_level(tree: Any) -> tuple[list[str] | None, list[Any], Any]:
     """Keys, children and structure of one node; keys None where ``tree`` is a leaf."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda t: t is not tree)
-    if jax.tree_util.treedef_is_leaf(treedef) or isinstance(tree, (BNParams, BNState, BNStats)):
+    if treedef == jax.tree.structure(0) or isinstance(tree, (BNParams, BNState, BNStats)):
         return None, [], treedef
     return [jax.tree_util.keystr(path) for path, _ in flat], [child for _, child in flat], treedef
 
 
-def _kind(value: Any) -> str:
-    """How a value is named in an error: type, and shape where it has one."""
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+def kind_of(value: Any) -> str:
+    """How a value is named in an error: its type, and for an array its shape."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return f"array of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _shown(value: Any) -> str:
+    keys, _, _ = _one_level(value)
+    named = value is None or keys is None or _pair_hint(value)
+    return kind_of(value) if named else _outline(value, keys)
 
 
 def _outline(tree: Any, keys: list[str]) -> str:
@@ -141,24 +148,29 @@ def _outline(tree: Any, keys: list[str]) -> str:
     return f"{type(tree).__name__} with {shown}" if keys else f"empty {type(tree).__name__}"
 
 
-def _confusion(value: Any, wanted: type) -> str:
-    """What to do about a node of one kind in the place of another; empty if it is none."""
-    if isinstance(value, BNStats) and wanted is BNState:
-        return "stats are what a batch showed; the running statistics go first"
-    if isinstance(value, BNState) and wanted is BNStats:
-        return "pass the stats that bn_apply returned"
-    if isinstance(value, BNParams):
-        return "params hold gamma and beta; bn_init returns (params, state)"
+def _structure_hint(lead_name: str) -> str:
+    return f"give it the structure of {lead_name}, with None where there is no batch norm"
+
+
+def _pair_hint(value: Any) -> str:
+    """What to do about a pair that was not unpacked; empty if it is none."""
+    if isinstance(value, tuple) and len(value) == 2:
+        if isinstance(value[0], BNParams):
+            return "unpack the pair of bn_init: params, state = bn_init(...)"
+        if isinstance(value[1], BNStats) and isinstance(value[0], jax.Array):
+            return "unpack the pair of bn_apply: y, stats = bn_apply(...)"
     return ""
 
 
-def _mismatch(where: str, got: Any, expectation: str, lead_name: str) -> str:
-    keys, _, _ = _one_level(got)
-    shown = _kind(got) if keys is None else _outline(got, keys)
-    return (
-        f"{where}: got {shown}; expected {expectation}; "
-        f"give it the structure of {lead_name}, with None where there is no batch norm."
-    )
+def _confusion(value: Any, wanted: type) -> str:
+    """What to do about something else in the place of a node."""
+    if isinstance(value, BNStats):
+        return "stats are what a batch showed; the running statistics go first"
+    if isinstance(value, BNParams):
+        return "params hold gamma and beta; bn_init returns (params, state)"
+    if wanted is BNStats:
+        return "pass the stats that bn_apply returned"
+    return "pass what bn_init or a network's init returned"
 
 
 def weight_decay_mask(params: Any) -> Any:
