@@ -222,30 +222,32 @@ BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 
 
 @both_modes
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_masked_value_that_is_not_finite_gives_beta_and_moves_nothing(bad, dtype, train):
+def test_a_masked_value_that_is_not_finite_gives_beta_and_moves_nothing(dtype, train):
     params, state, x = case((6, 5), -1, dtype)
-    keep = np.array([1, 1, 0, 1, 1, 0], bool)[:, None]
-    spoiled = jnp.where(keep, x, jnp.asarray(bad, dtype))
-    filled = jnp.where(keep, x, jnp.asarray(0, dtype))
+    keep = np.array([1, 1, 0, 1, 1, 0], bool)
 
+    @jax.jit
     def run(x):
         def loss(params, state, x, eps):
-            y, stats = bn_apply(params, state, x, train=train, eps=eps, mask=jnp.asarray(keep))
-            seen = jnp.where(keep, y, 0).astype(jnp.float32)
+            mask = jnp.asarray(keep)[:, None]
+            y, stats = bn_apply(params, state, x, train=train, eps=eps, mask=mask)
+            seen = jnp.where(mask, y, 0).astype(jnp.float32)
             return jnp.sum(jnp.sin(seen)) + stats.mean.sum() + stats.var.sum(), (y, stats)
 
         return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True, allow_int=True)(params, state, x, 1e-5)
 
-    ((value, (y, stats)), grads), ((want_value, (want_y, want_stats)), want_grads) = run(spoiled), run(filled)
-    assert oracle.bits(value) == oracle.bits(want_value)
-    assert list(map(oracle.bits, stats)) == list(map(oracle.bits, want_stats))
-    np.testing.assert_array_equal(np.asarray(y)[keep[:, 0]], np.asarray(want_y)[keep[:, 0]])
-    beta = np.broadcast_to(np.asarray(params.beta.astype(dtype)), x.shape)
-    np.testing.assert_array_equal(np.asarray(y)[~keep[:, 0]], beta[~keep[:, 0]])
-    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
-        assert oracle.bits(got) == oracle.bits(want)
+    (value, (y, stats)), grads = run(x.at[~keep].set(0))
+    for bad in BAD.values():
+        (bad_value, (bad_y, bad_stats)), bad_grads = run(x.at[~keep].set(bad))
+        np.testing.assert_array_equal(bad_y[keep], y[keep])
+        np.testing.assert_array_equal(bad_y[~keep], np.broadcast_to(params.beta.astype(dtype), (2, 5)))
+        for got, want in zip(
+            jax.tree.leaves((bad_value, bad_stats, bad_grads)),
+            jax.tree.leaves((value, stats, grads)),
+            strict=True,
+        ):
+            assert oracle.bits(got) == oracle.bits(want)
 
 
 @both_modes
