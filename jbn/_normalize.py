@@ -122,9 +122,7 @@ def _moves(tangents):
 
 def _filled(tangents):
     """The tangents, with zeros in the place of those that are known to be zero."""
-    return jax.tree.map(
-        lambda t: jnp.zeros(t.shape, t.dtype) if _is_zero(t) else t, tangents, is_leaf=_is_zero
-    )
+    return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype) if _is_zero(t) else t, tangents, is_leaf=_is_zero)
 
 
 @_recomputed
