@@ -135,7 +135,7 @@ apply(mask=jnp.ones((4, 2), bool))
 apply(mask=jnp.ones((1, 4, C), bool))
     ValueError: mask: got shape (1, 4, 3); expected rank 2 with each size 1 or that of x (4, 3); give the
     missing axes size 1, as in mask[:, None].
-evaluate(mask=jnp.ones((4, 1)))
+evaluate(mask=jnp.ones((4, 1), jnp.float32))
     TypeError: mask: got dtype float32; expected bool, True where a value counts; convert it with
     mask.astype(bool).
 apply(eps=0)
