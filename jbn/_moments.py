@@ -18,10 +18,10 @@ from jbn._pytrees import BNStats, map_nodes
 
 __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_over_devices"]
 
+# One value in so many is in the sample.
+_SPARSITY = 128
 # How much larger than σ² a mean square may be before the digits that cancel are missed: four bits.
 _CANCELLATION = 16
-# One value in so many is in the sample, where a branch looks at what was lost; elsewhere one in _CANCELLATION.
-_SPARSE = 256
 # Up to here a second read of x costs next to nothing, and XLA:CPU sums in the order of the rows, less exactly.
 _SMALL = 2**17
 
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
     mean: jax.Array  # (C,) the mean, rounded
     delta: jax.Array  # (C,) what the rounding left out: μ = mean + delta
     var: jax.Array  # (C,) biased
-    count: jax.Array  # (C,) how many values, as a float
+    count: jax.Array  # type: ignore[assignment]  # (C,) how many values, as a float
 
 
 def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], dtype: Any) -> Moments:
@@ -42,9 +42,10 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
     difference loses log2(mean((x−s)²)/σ²) bits, so s must be near μ, and the question is how to find it in
     less than a read of x. A small x is read twice. For a large one s is the mean of a sample. The mean of a
     fraction f of the values, *whichever they are*, is never further from μ than σ·√((1−f)/f)
-    (Cauchy–Schwarz, on the indicator of the sample): a sixteenth loses four bits on the worst data there is,
-    and none on data that are not made for it. A CPU does with less, since it can afford to look at what was
-    lost and read again; on a GPU a branch makes the host wait, and on both its operand is paid for.
+    (Cauchy–Schwarz, on the indicator of the sample): log2(1/f) bits are lost on the worst data there is (all
+    of the sample here, all of the rest there), and none on data that are not made for it. A CPU can afford to
+    look at what was lost and read again. On a GPU a branch makes the host wait, and on both its operand is
+    paid for: there seven bits in the worst case are the price of a read saved in all.
     """
     x = lax.stop_gradient(x)
     count = _count(x, mask, reduce_axes, dtype)
@@ -55,7 +56,8 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
         ways = (_about_sample_or_mean, _about_sample if mask is None else _about_mean)  # a mask may empty a sample
         cpu, default = (partial(way, reduce_axes) for way in ways)
         parts = lax.platform_dependent(x, mask, share, cpu=cpu, default=default)
-    return Moments(*parts, count)
+    mean, delta, var = parts
+    return Moments(mean, delta, var, count)
 
 
 def _about_mean(reduce_axes, x, mask, share):
@@ -64,13 +66,13 @@ def _about_mean(reduce_axes, x, mask, share):
 
 
 def _about_sample(reduce_axes, x, mask, share):
-    """One read, and a sixteenth for the sample."""
-    return _about(reduce_axes, x, mask, share, _sample_mean(x, mask, reduce_axes, share.dtype, _CANCELLATION))[:3]
+    """One read, and the sample's."""
+    return _about(reduce_axes, x, mask, share, _sample_mean(x, mask, reduce_axes, share.dtype))[:3]
 
 
 def _about_sample_or_mean(reduce_axes, x, mask, share):
     """One read; where some channel lost more than four bits (or is not finite) another, about the mean."""
-    shift = _sample_mean(x, mask, reduce_axes, share.dtype, _SPARSE)
+    shift = _sample_mean(x, mask, reduce_axes, share.dtype)
     mean, delta, var, square = _about(reduce_axes, x, mask, share, shift)
     harmless = jnp.all((square <= _CANCELLATION * var) & jnp.isfinite(square))
     return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, mean, delta, var)
@@ -101,15 +103,18 @@ def _total(values, mask, reduce_axes):
     return jnp.sum(values if mask is None else jnp.where(mask, values, 0), reduce_axes)
 
 
-def _sample_mean(x, mask, reduce_axes, dtype, sparsity):
-    """The mean of about one in ``sparsity`` of the values of each channel, evenly spread; 0 if a mask empties it.
+def _sample_mean(x, mask, reduce_axes, dtype):
+    """The mean of about one in 128 of the values of each channel, evenly spread; 0 if a mask empties it.
 
-    Slices of the leading axes are a few contiguous reads, and small strides of a sharded axis stay on
-    their shards; the two minor axes are tiled on a TPU, and sliced only if the others are too short.
+    Slices of the axes between the first and the last are whole tiles and contiguous reads, and leave a
+    sharded batch alone; the batch comes next, where small strides stay on their shards, and the last axis,
+    where slices cost the most, only if the others are too short.
     """
+    first, last = [a for a in reduce_axes if a == 0], [a for a in reduce_axes if 0 < a == x.ndim - 1]
+    between = [a for a in reduce_axes if a not in (*first, *last)]
     strides = [1] * x.ndim
-    for axes in ([a for a in reduce_axes if a < x.ndim - 2], reduce_axes):
-        while axes and math.prod(strides) < sparsity:
+    for axes in (between, first, last):
+        while axes and math.prod(strides) < _SPARSITY:
             axis = max(axes, key=lambda a: x.shape[a] // strides[a])
             if x.shape[axis] < 2 * strides[axis]:
                 break
@@ -207,11 +212,16 @@ def bn_merge_stats(*stats: Any, axis: int | None = None) -> Any:
             _of_one_shape(path, map(jnp.shape, node))
         fields = [_stacked(node, axis, path) for node in nodes]
         _of_one_shape(path, (node.mean.shape[1:] for node in fields))
-        mean, var, count = (jnp.concatenate(column) for column in zip(*fields, strict=True))
-        merged = pool(Moments(mean, jnp.zeros_like(mean), var, count.astype(mean.dtype)))
-        return as_stats(merged.mean + merged.delta, merged.var, merged.count)
+        return _merged(fields)
 
     return map_nodes(merge, tuple(("stats", BNStats) for _ in stats), *stats)
+
+
+@partial(jax.jit, inline=True)
+def _merged(parts: list[BNStats]) -> BNStats:
+    mean, var, count = (jnp.concatenate(column) for column in zip(*parts, strict=True))
+    merged = pool(Moments(mean, jnp.zeros_like(mean), var, count.astype(mean.dtype)))
+    return as_stats(merged.mean + merged.delta, merged.var, merged.count)
 
 
 def _of_one_shape(path: str, shapes: Iterable[tuple[int, ...]]) -> None:

@@ -35,7 +35,7 @@ def separate(tree: Any) -> Any:
     arrays, structure = jax.tree.flatten(tree)
     # Older versions of JAX type all results of a barrier alike, so its operands are made alike first.
     varying = frozenset[Any]().union(*map(varying_axes, arrays))
-    arrays = (to_varying(array, varying) for array in arrays)
+    arrays = [to_varying(array, varying) for array in arrays]
     return jax.tree.unflatten(structure, lax.platform_dependent(*arrays, cpu=_barrier, default=_identity))
 
 

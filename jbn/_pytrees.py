@@ -56,7 +56,7 @@ class BNState(NamedTuple):
 
     mean: jax.Array  # (C,) float32
     var: jax.Array  # (C,) float32
-    count: jax.Array  # (C,) int32
+    count: jax.Array  # type: ignore[assignment]  # (C,) int32; it hides tuple.count
 
 
 class BNStats(NamedTuple):
@@ -81,7 +81,7 @@ class BNStats(NamedTuple):
 
     mean: jax.Array  # (C,) float32
     var: jax.Array  # (C,) float32
-    count: jax.Array  # (C,) float32
+    count: jax.Array  # type: ignore[assignment]  # (C,) float32
 
 
 for _node in (BNParams, BNState, BNStats):
@@ -125,7 +125,8 @@ def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *t
 def _one_level(tree: Any) -> tuple[list[str] | None, list[Any], Any]:
     """Keys, children and structure of one node; keys None where ``tree`` is a leaf."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda t: t is not tree)
-    if treedef == jax.tree.structure(0) or isinstance(tree, (BNParams, BNState, BNStats)):
+    leaf: Any = jax.tree.structure(0)
+    if treedef == leaf or isinstance(tree, (BNParams, BNState, BNStats)):
         return None, [], treedef
     return [jax.tree_util.keystr(path) for path, _ in flat], [child for _, child in flat], treedef
 
@@ -139,8 +140,9 @@ def kind_of(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     keys, _, _ = _one_level(value)
-    named = value is None or keys is None or _pair_hint(value)
-    return kind_of(value) if named else _outline(value, keys)
+    if value is None or keys is None or _pair_hint(value):
+        return kind_of(value)
+    return _outline(value, keys)
 
 
 def _outline(tree: Any, keys: list[str]) -> str:
