@@ -1,8 +1,10 @@
 """The command line: what a run shows, what it leaves behind, and the pieces that it is made of."""
 
+import contextlib
 import io
 import json
 import os
+import signal
 import sys
 
 import jax
@@ -204,16 +206,31 @@ class TestTerminal:
 
 
 class TestInterrupt:
-    def test_exits_130_and_leaves_nothing(self, data, tmp_path, capsys, monkeypatch):
-        def interrupted(*arguments):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(jbn.cli.train, "fit", interrupted)
-        before = tree(tmp_path)
-        assert main(["train", "--data", str(data), *SMALL, "--out", str(tmp_path / "a" / "b")]) == 130
+    def interrupted(self, tmp_path, capsys, data):
+        """What a run that should stop leaves behind and says."""
+        before, handler = tree(tmp_path), signal.getsignal(signal.SIGINT)
+        out = tmp_path / "a" / "b"
+        assert main(["train", "--data", str(data), *SMALL, "--norm", "none", "--out", str(out)]) == 130
         printed = capsys.readouterr()
         assert (printed.out, printed.err) == ("", "jbn: interrupted.\n")
         assert tree(tmp_path) == before
+        assert signal.getsignal(signal.SIGINT) is handler
+
+    def test_exits_130_and_leaves_nothing(self, tmp_path, capsys, data, monkeypatch):
+        def stopped(*arguments):
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(jbn.cli.train, "fit", stopped)
+        self.interrupted(tmp_path, capsys, data)
+
+    def test_is_not_lost_where_python_drops_the_exception(self, tmp_path, capsys, data, monkeypatch):
+        def dropped(*arguments):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            return fit(*arguments)
+
+        monkeypatch.setattr(jbn.cli.train, "fit", dropped)
+        self.interrupted(tmp_path, capsys, data)
 
 
 class TestPieces:

@@ -1,7 +1,7 @@
 """The command line: ``jbn train``. The only place in the package that prints.
 
 What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
-``data``, ``network``, ``fit`` and ``saving`` the pieces of a run; ``train`` puts them together;
+``data``, ``network``, ``fit``, ``saving`` and ``interrupt`` the pieces of a run; ``train`` puts them together;
 ``display`` shows a run while it goes and when it is done.
 """
 

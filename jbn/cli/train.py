@@ -1,9 +1,10 @@
 """``jbn train``: the same network with and without batch norm, on the same data, side by side."""
 
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from jbn import report
 from jbn.cli import display
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, load_data
-from jbn.cli.fit import Fit, batch_order, fit
+from jbn.cli.fit import Fit, Progress, batch_order, fit
+from jbn.cli.interrupt import interrupts
 from jbn.cli.network import NetworkSpec, activation_of, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
 from jbn.cli.saving import new_folder, save_model, to_json
@@ -36,41 +38,70 @@ def run(options: TrainOptions) -> None:
             f"--batch-size: got {options.batch_size}; expected at most {len(data.x)}, the size of the "
             f"training set; use a smaller batch."
         )
-    with new_folder(options.out) as folder:
-        specs = _specs(options, data)
-        order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
-        optimizer = make_optimizer(options)
-        starts, fits = {}, {}
-        with display.progress(list(specs), order.shape[0] * order.shape[1]) as made:
-            for name, spec in specs.items():
-                network = build(spec)
-                params, state = network.init(jax.random.key(options.seed))
-                starts[name] = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
-                step = make_train_step(
-                    network.apply,
-                    loss_fn,
-                    optimizer,
-                    momentum=options.bn_momentum,
-                    accumulate=options.accumulate,
-                )
-                fits[name] = fit(network, step, starts[name], data, order, partial(made, name))
+    specs = _specs(options, data)
+    order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
+    with interrupts() as check, new_folder(options.out) as folder:
+        starts, fits = _fits(options, specs, data, order, check)
         document = _document(options, data, order, starts, fits)
-        curves = {
-            f"{name} batch norm": {"loss": done.loss, "accuracy": done.epochs["test_accuracy"]}
-            for name, done in fits.items()
-        }
-        report.plot_curves(curves).savefig(folder / "curves.png")
-        title = f"hidden layer {len(options.hidden)} of {len(options.hidden)}, test examples, after training"
-        values = _activations(specs, fits, data)
-        report.plot_activations(values, title=title).savefig(folder / "activations.png")
-        for name, done in fits.items():
-            save_model(folder / f"{name}.safetensors", specs[name], done.params, done.state, data.inputs)
-        histories = {
-            name: {"loss": done.loss, "skipped": np.flatnonzero(done.skipped), **done.epochs}
-            for name, done in fits.items()
-        }
-        (folder / "metrics.json").write_text(to_json({**document, "history": histories}), encoding="utf-8")
+        _save(folder, document, specs, fits, data)
+        check()
     display.show(document)
+
+
+def _fits(
+    options: TrainOptions,
+    specs: dict[str, NetworkSpec],
+    data: Data,
+    order: np.ndarray,
+    check: Callable[[], None],
+) -> tuple[dict[str, TrainState], dict[str, Fit]]:
+    """Where each network starts, and what its training gives."""
+    optimizer = make_optimizer(options)
+    starts, fits = {}, {}
+    with display.progress(list(specs), order.shape[0] * order.shape[1]) as show:
+        for name, spec in specs.items():
+
+            def tell(made: Progress, name: str = name) -> None:
+                check()
+                show(name, made)
+
+            network = build(spec)
+            params, state = network.init(jax.random.key(options.seed))
+            starts[name] = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+            step = make_train_step(
+                network.apply,
+                loss_fn,
+                optimizer,
+                momentum=options.bn_momentum,
+                accumulate=options.accumulate,
+            )
+            fits[name] = fit(network, step, starts[name], data, order, tell)
+    return starts, fits
+
+
+def _save(
+    folder: Path,
+    document: dict[str, Any],
+    specs: dict[str, NetworkSpec],
+    fits: dict[str, Fit],
+    data: Data,
+) -> None:
+    """Pictures, metrics and models."""
+    curves = {
+        f"{name} batch norm": {"loss": done.loss, "accuracy": done.epochs["test_accuracy"]}
+        for name, done in fits.items()
+    }
+    report.plot_curves(curves).savefig(folder / "curves.png")
+    layers = len(document["options"]["hidden"])
+    title = f"hidden layer {layers} of {layers}, test examples, after training"
+    values = _activations(specs, fits, data)
+    report.plot_activations(values, title=title).savefig(folder / "activations.png")
+    for name, done in fits.items():
+        save_model(folder / f"{name}.safetensors", specs[name], done.params, done.state, data.inputs)
+    histories = {
+        name: {"loss": done.loss, "skipped": np.flatnonzero(done.skipped), **done.epochs} for name, done in fits.items()
+    }
+    (folder / "metrics.json").write_text(to_json({**document, "history": histories}), encoding="utf-8")
 
 
 def _specs(options: TrainOptions, data: Data) -> dict[str, NetworkSpec]:
