@@ -46,7 +46,7 @@ def plot_curves(runs: Mapping[str, Mapping[str, Any]]) -> "Figure":
         means = np.convolve(loss, np.ones(window) / window, "valid")
         losses.plot(steps[window - 1 :], means, label=name, linewidth=2, **style)
         accuracy = np.asarray(run["accuracy"], np.float64)
-        style["marker"] = "o" if len(accuracy) == 1 else None  # a line through one point is not seen
+        style["marker"] = "o" if len(accuracy) == 1 else ""  # a line through one point is not seen
         accuracies.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, label=name, linewidth=2, **style)
     losses.set(title="training loss (mini-batch; thick: mean of 10)", xlabel="step", ylabel="cross-entropy (nats)")
     losses.set_yscale("log")
