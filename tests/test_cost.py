@@ -212,6 +212,19 @@ def test_the_second_eager_call_does_not_compile(train):
     assert not second
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_an_eager_call_is_one_compiled_piece(train, masked):
+    params, state = bn_init(9)
+    x, mask = jnp.zeros((12, 9), jnp.float32), jnp.ones((12, 1), bool) if masked else None
+    with compilations() as applied:
+        _, stats = bn_apply(params, state, x, train=train, mask=mask, eps=0.25)
+    with compilations() as updated:
+        bn_update_stats(state, stats, momentum=0.25)
+    assert len(applied) == 1
+    assert len(updated) <= 1
+
+
 def test_an_eager_gradient_does_not_compile_twice():
     params, _ = bn_init(7)
     x, other = jax.random.normal(jax.random.key(0), (2, 16, 7), jnp.float32)

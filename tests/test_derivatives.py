@@ -43,6 +43,8 @@ def problem(name):
     if mask_shape is not None:
         mask = rng.random(mask_shape) < 0.7
         mask[0] = True  # nowhere empty
+        if mask.shape == x.shape:
+            mask[1:, ..., 0] = False  # nor everywhere the same count
         mask = jnp.asarray(mask)
     args = tuple(map(jnp.asarray, (x, gamma, beta, np.float64(0.1), mean, var)))
     assert all(a.dtype == jnp.float64 for a in args)
@@ -277,6 +279,29 @@ def test_masked_values_move_no_gradient_whatever_they_hold(poison, train):
     got = gradient(*poisoned)
     assert_same(got, gradient(*args))
     assert not np.any(np.asarray(got[0])[~np.asarray(mask)[:, 0]])
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_masked_value_that_is_not_finite_is_differentiated_as_the_mean(train):
+    """Where a loss does look at such an output: it is β, whatever x, γ and the statistics do."""
+    args, mask, _ = problem("masked rows")
+    poisoned = (jnp.where(mask, args[0], jnp.nan), *args[1:])
+
+    def ours(x, gamma, beta, eps, mean, var):
+        state = BNState(mean, var, jnp.ones_like(mean, jnp.int32))
+        y, stats = bn_apply(BNParams(gamma, beta), state, x, train=train, eps=eps, mask=mask)
+        return y, stats.mean, stats.var
+
+    def formula(x, gamma, beta, eps, mean, var):
+        if train:
+            mean, var, _ = plain.moments(x, mask)
+        y = plain.normalize(jnp.where(mask, x, mean[None]), gamma, beta, mean, var, eps)
+        return y, mean, var
+
+    def both(fn, args):
+        return jax.jvp(fn, args, directions(args)), jax.grad(scalar(fn), EVERYTHING)(*args)
+
+    assert_same(jax.jit(partial(both, ours))(poisoned), jax.jit(partial(both, formula))(args))
 
 
 def test_gradients_where_nothing_was_seen_are_finite():
