@@ -6,7 +6,6 @@ checked; what depends on data (a NaN, an empty mask) is defined behaviour, not a
 
 import math
 import operator
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ from jbn._pytrees import BNParams, BNState, BNStats
 _TRAINING_STATS = "pass what normalize_inputs returned for the training set"
 
 __all__ = [
-    "as_axes",
     "as_batch",
     "as_data",
     "as_eps",
@@ -29,14 +27,12 @@ __all__ = [
     "as_mask",
     "as_matching",
     "as_momentum",
-    "as_names",
     "as_params",
-    "as_stack_axis",
+    "as_renorm",
     "as_state",
     "as_stats",
     "compute_dtype",
-    "not_yet",
-    "several_values",
+    "static",
 ]
 
 
@@ -49,7 +45,7 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _static(name: str, value: Any) -> None:
+def static(name: str, value: Any) -> None:
     """A traced value where a Python one is needed is an error that says how to make it static."""
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
@@ -60,7 +56,7 @@ def _static(name: str, value: Any) -> None:
 
 def as_flag(name: str, value: Any) -> bool:
     """A bool that is known at trace time."""
-    _static(name, value)
+    static(name, value)
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}; expected a bool; pass {name}=True or {name}=False.")
     return value
@@ -101,51 +97,9 @@ def _is_numbers(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic, int, float, complex)) or hasattr(x, "__jax_array__")
 
 
-def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
-    """Feature axes as an ascending tuple of non-negative ints."""
-    _static("axis", axis)
-    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
-    for a in axes:
-        _static("axis", a)
-    try:
-        if any(isinstance(a, bool) for a in axes):
-            raise TypeError
-        axes = tuple(operator.index(a) for a in axes)
-    except TypeError:
-        raise TypeError(
-            f"axis: got {axis!r}; expected an int or a tuple of ints; name the feature axes, as in axis=-1."
-        ) from None
-    if not axes:
-        raise ValueError("axis: got (); expected at least one feature axis; pass axis=-1 for channels last.")
-    for a in axes:
-        if not -ndim <= a < ndim:
-            raise ValueError(
-                f"axis: got {a}; expected {-ndim} ≤ axis < {ndim} for x of rank {ndim}; name feature axes that x has."
-            )
-    canonical = tuple(sorted(a % ndim for a in axes))
-    if len(set(canonical)) != len(canonical):
-        raise ValueError(f"axis: got {axis!r}; expected distinct axes; name each feature axis once.")
-    return canonical
-
-
-def as_stack_axis(axis: Any) -> int | None:
-    """None, or the axis along which statistics are stacked."""
-    _static("axis", axis)
-    if axis is None:
-        return None
-    try:
-        if isinstance(axis, bool):
-            raise TypeError
-        return operator.index(axis)
-    except TypeError:
-        raise TypeError(
-            f"axis: got {axis!r}; expected None or an int; pass axis=0 where each argument is a stack."
-        ) from None
-
-
 def as_feature_shape(num_features: Any) -> tuple[int, ...]:
     """The shape of the feature axes, from an int or a tuple of ints."""
-    _static("num_features", num_features)
+    static("num_features", num_features)
     sizes = num_features if isinstance(num_features, (tuple, list)) else (num_features,)
     try:
         if any(isinstance(n, bool) for n in sizes):
@@ -300,35 +254,25 @@ def as_momentum(momentum: Any) -> Any:
     return momentum
 
 
-def as_names(axis_name: Any) -> tuple[Hashable, ...]:
-    """Mesh or vmap axis names as a tuple; () for None."""
-    _static("axis_name", axis_name)
-    if axis_name is None:
-        return ()
-    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
-    for name in names:
-        _static("axis_name", name)
-        if not isinstance(name, Hashable):
-            raise TypeError(
-                f"axis_name: got {axis_name!r}; expected an axis name or a tuple of them; "
-                f"pass the name that shard_map, pmap or vmap binds."
-            )
-    if len(set(names)) != len(names):
-        raise ValueError(f"axis_name: got {axis_name!r}; expected distinct names; name each axis once.")
-    return tuple(names)
-
-
-def several_values(shape: tuple[int, ...], per_device: int, devices: int) -> None:
-    """Training on one value per channel is an error: its variance is 0 and its output β."""
-    if per_device * devices == 1:
+def as_renorm(renorm: Any) -> tuple[Any, Any] | None:
+    """(r_max, d_max); range-checked unless traced."""
+    if renorm is None:
+        return None
+    if not isinstance(renorm, (tuple, list)) or len(renorm) != 2:
         raise ValueError(
-            f"x: got shape {shape}, one value per channel; expected at least 2 in training, since the variance "
-            f"of one is 0; use a larger batch, synchronize over devices with axis_name, or pass train=False."
+            f"renorm: got {_named(renorm)}; expected a pair (r_max, d_max); pass (1.0, 0.0) for plain batch norm."
         )
+    r_max, d_max = renorm
+    for limit in (r_max, d_max):
+        _scalar("renorm", limit)
+    for name, limit, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        known = _concrete(limit)
+        if known is not None and not known >= least:
+            raise ValueError(
+                f"renorm: got {name} = {limit}; expected at least {least}; (1.0, 0.0) is plain batch norm."
+            )
+    return r_max, d_max
 
 
-def not_yet(**arguments: Any) -> None:
-    """Options of the design that are still to be built."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}: got {value!r}; expected None; it is not built yet.")
+def _named(value: Any) -> str:
+    return "a traced value" if isinstance(value, jax.core.Tracer) else repr(value)

@@ -1,6 +1,5 @@
 """The three functions, and input normalization: check, measure, normalize. No arithmetic beyond composition."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -8,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn import _checks
-from jbn._moments import Moments, as_stats, measure, pool_over_devices
+from jbn import _checks, _checks_axes
+from jbn._moments import Moments, as_stats, measure, pool, pool_over_devices
 from jbn._named_axes import axis_total, enter
 from jbn._normalize import Layout, normalize
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
+from jbn._variants import in_blocks, renormalized
 
 __all__ = ["bn_apply", "bn_init", "bn_update_stats", "normalize_inputs"]
 
@@ -92,9 +92,12 @@ def bn_apply(
             neither the statistics nor, where the loss ignores their outputs, any gradient.
         axis_name: name, or names, of axes of `jax.shard_map`, `jax.vmap` or `jax.pmap` over which the
             statistics are synchronized: pooled by count, exact for unequal shards and masks (static).
-        axis_index_groups: not built yet.
-        ghost_size: not built yet.
-        renorm: not built yet.
+        axis_index_groups: tuple of tuples of indices along ``axis_name``, each index in one of them;
+            statistics are synchronized within each group (static).
+        ghost_size: g, to normalize the leading axis in blocks of g examples; the returned statistics
+            are those of the whole batch, over all devices with ``axis_name`` (static).
+        renorm: (r_max, d_max), the limits of batch renormalization against ``state``: r_max ≥ 1,
+            d_max ≥ 0, both may be traced or infinite; (1, 0) is plain batch norm.
 
     Returns:
         ``(y, stats)``. y has x's shape and dtype. ``stats`` are the `BNStats` used, in float32
@@ -106,7 +109,8 @@ def bn_apply(
         TypeError: x not floating point, mask not bool, ``params`` or ``state`` of another type, a
             traced static argument.
         ValueError: shapes that do not fit, ``axis`` out of range, ``eps`` ≤ 0, one value per channel
-            in training, an unbound ``axis_name``.
+            in training, an unbound ``axis_name``, groups that are no partition of its indices, a
+            ``ghost_size`` that does not divide the batch, limits out of range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,26 +131,31 @@ def bn_apply(
     any offset.
 
     References:
-        Ioffe & Szegedy 2015, Algorithms 1 and 2; Chan, Golub & LeVeque 1983 for the pooling.
+        Ioffe & Szegedy 2015, Algorithms 1 and 2; Chan, Golub & LeVeque 1983 for the pooling; Hoffer,
+        Hubara & Soudry 2017 for ghost batches; Ioffe 2017 for renormalization.
     """
-    _checks.not_yet(axis_index_groups=axis_index_groups, ghost_size=ghost_size, renorm=renorm)
     train = _checks.as_flag("train", train)
     x = _checks.as_batch("x", x)
-    axes = _checks.as_axes(axis, x.ndim)
+    axes = _checks_axes.as_axes(axis, x.ndim)
     shape = tuple(x.shape[a] for a in axes)
-    reduce_axes = tuple(a for a in range(x.ndim) if a not in axes)
     params = _checks.as_params(params, shape)
     eps = _checks.as_eps(eps)
     if mask is not None:
         mask = _checks.as_mask(mask, x.shape)
-    if state is not None or not train:
+    names = _checks_axes.as_names(axis_name)
+    groups = _checks_axes.as_groups(axis_index_groups, names)
+    ghost_size = _checks_axes.as_ghost_size(ghost_size, axes)
+    limits = _checks.as_renorm(renorm)
+    if state is not None or not train or limits is not None:
         state = _checks.as_state(state, shape)
-    names = _checks.as_names(axis_name)
+    layout = Layout(tuple(a for a in range(x.ndim) if a not in axes), names, groups, train)
     if not train:
-        return _evaluate(Layout(reduce_axes, (), train), params, state, x, eps, mask)
-    per_device = math.prod(x.shape[a] for a in reduce_axes)
-    _checks.several_values(x.shape, per_device, axis_total(names))
-    return _train(Layout(reduce_axes, names, train), params, enter(x, names), eps, mask)
+        return _evaluate(layout._replace(names=(), groups=None), params, state, x, eps, mask)
+    devices = axis_total(names)
+    _checks_axes.groups_cover(groups, devices)
+    _checks_axes.several_values(x.shape, layout.reduce_axes, devices, groups, ghost_size)
+    x = enter(x, names)
+    return _train((layout, ghost_size), params, state if limits else None, x, eps, mask, limits)
 
 
 # Compiled as one piece also where the caller does not: an eager call is one dispatch. Inlined in a trace.
@@ -154,28 +163,43 @@ _compiled = partial(jax.jit, static_argnums=0, inline=True)
 
 
 @_compiled
-def _train(layout, params, x, eps, mask):
-    moments = measure(x, mask, layout.reduce_axes, _checks.compute_dtype(x.dtype))
+def _train(static, params, state, x, eps, mask, limits):
+    whole, ghost_size = static
+    shape, dtype, equal = x.shape, _checks.compute_dtype(x.dtype), mask is None
+    layout = whole
+    if ghost_size is not None:
+        layout, x, mask = in_blocks(whole, ghost_size, x, mask)
+    moments = measure(x, mask, layout.reduce_axes, dtype)
     if layout.names:
-        moments = pool_over_devices(moments, layout.names)
-    y, mean, var = _normalized(layout, params, x, eps, moments, mask)
-    return y, as_stats(mean, var, moments.count)
+        moments = pool_over_devices(moments, layout.names, layout.groups, equal)
+    gamma, beta, eps = _filled(params, eps, moments)
+    if limits is not None:
+        gamma, beta = renormalized(gamma, beta, eps, moments, state, limits)
+    y, moments = normalize(layout, x, gamma, beta, eps, moments, mask)
+    if ghost_size is not None:
+        y, moments = y.reshape(shape), pool(moments)
+        if whole.names:
+            moments = pool_over_devices(moments, whole.names, whole.groups, equal)
+    return y, as_stats(moments)
 
 
 @_compiled
 def _evaluate(layout, params, state, x, eps, mask):
     dtype = _checks.compute_dtype(x.dtype)
     mean, var, nothing = (v.astype(dtype) for v in (state.mean, state.var, jnp.zeros_like(state.mean)))
-    y, mean, var = _normalized(layout, params, x, eps, Moments(mean, nothing, var, nothing), mask)
-    return y, as_stats(mean, var, nothing)
+    moments = Moments(mean, nothing, var, nothing)
+    gamma, beta, eps = _filled(params, eps, moments)
+    y, moments = normalize(layout, x, gamma, beta, eps, moments, mask)
+    return y, as_stats(moments)
 
 
-def _normalized(layout, params, x, eps, moments, mask):
-    """The kernel, with γ = 1 and β = 0 where they were left out, all in the dtype of the moments."""
-    dtype = moments.mean.dtype
-    gamma = jnp.ones_like(moments.mean) if params.gamma is None else jnp.asarray(params.gamma, dtype)
-    beta = jnp.zeros_like(moments.mean) if params.beta is None else jnp.asarray(params.beta, dtype)
-    return normalize(layout, x, gamma, beta, jnp.asarray(eps, dtype), moments, mask)
+def _filled(params, eps, moments):
+    """γ (1 where it was left out), β (0 where it was), and ε, in the shape and dtype of the moments."""
+    shape, dtype = moments.mean.shape, moments.mean.dtype
+    gamma = jnp.ones(shape, dtype) if params.gamma is None else params.gamma
+    beta = jnp.zeros(shape, dtype) if params.beta is None else params.beta
+    gamma, beta = (jnp.broadcast_to(jnp.asarray(v, dtype), shape) for v in (gamma, beta))
+    return gamma, beta, jnp.asarray(eps, dtype)
 
 
 def bn_update_stats(state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool = True, unbiased: bool = True) -> Any:
@@ -290,7 +314,7 @@ def normalize_inputs(
         LeCun, Bottou, Orr & Müller 1998, "Efficient BackProp", section 4.3.
     """
     x = _checks.as_data("x", x)
-    axes = _checks.as_axes(axis, x.ndim)
+    axes = _checks_axes.as_axes(axis, x.ndim)
     reduce_axes = tuple(a for a in range(x.ndim) if a not in axes)
     eps = _checks.as_input_eps(eps)
     if stats is not None:
@@ -309,9 +333,9 @@ def _standardized(reduce_axes, x, stats, eps):
     else:
         mean, var, count = (leaf.astype(dtype) for leaf in stats)
         moments = Moments(mean, jnp.zeros_like(mean), var, count)
-    layout = Layout(reduce_axes, (), train=False)
+    layout = Layout(reduce_axes, (), None, train=False)
     spread = moments.var + jnp.asarray(eps, dtype)
     gamma = jnp.where(spread > 0, 1, 0).astype(dtype)
     safe = moments._replace(var=jnp.where(spread > 0, spread, 1))
-    z, _, _ = normalize(layout, x, gamma, jnp.zeros_like(gamma), jnp.zeros((), dtype), safe, None)
-    return z, as_stats(moments.mean + moments.delta, moments.var, moments.count)
+    z, _ = normalize(layout, x, gamma, jnp.zeros_like(gamma), jnp.zeros((), dtype), safe, None)
+    return z, as_stats(moments)

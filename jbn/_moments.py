@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn._checks import as_stack_axis
-from jbn._named_axes import all_gather, separate
+from jbn._checks_axes import as_stack_axis
+from jbn._named_axes import Groups, all_gather, axis_total, gather_group, psum, separate
 from jbn._pytrees import BNStats, map_nodes
 
 __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_over_devices"]
@@ -24,6 +24,8 @@ _SPARSITY = 128
 _CANCELLATION = 16
 # Up to here a second read of x costs next to nothing, and XLA:CPU sums in the order of the rows, less exactly.
 _SMALL = 2**17
+# Up to so many shards one all-gather of their moments is the quicker way, above two all-reduces.
+_GATHERED = 16
 
 
 class Moments(NamedTuple):
@@ -158,14 +160,43 @@ def pool(parts: Moments) -> Moments:
     return Moments(*(v[0] for v in (mean, delta, var, count)))
 
 
-def pool_over_devices(moments: Moments, names: tuple[Any, ...]) -> Moments:
-    """Moments of all shards along the named axes, the same on each: one all-gather of 4·C numbers."""
-    return pool(Moments(*jnp.moveaxis(all_gather(jnp.stack(moments), names), 1, 0)))
+def pool_over_devices(
+    moments: Moments, names: tuple[Any, ...], groups: Groups | None = None, equal: bool = False
+) -> Moments:
+    """Moments of all shards along the named axes, or of those in one group; ``equal`` says all have one count.
+
+    Few shards are gathered: one collective, exact. A gather delivers D·3·C numbers (4 with counts) to every
+    device, so many are summed instead: the mean, then the moments about it, two all-reduces of 2·C numbers.
+    """
+    if groups is None and axis_total(names) > _GATHERED:
+        return _pool_by_sums(moments, names)
+    sent = jnp.stack(moments[:3] if equal else moments)
+    if groups is None:
+        received = all_gather(sent, names)
+    else:
+        received, mine = gather_group(sent, names, groups)
+    mean, delta, var, *counts = jnp.moveaxis(received, 1, 0)
+    count = counts[0] if counts else jnp.broadcast_to(moments.count[None], mean.shape)
+    if groups is not None:
+        count = jnp.where(lax.expand_dims(mine, range(1, count.ndim)), count, 0)
+    return pool(Moments(mean, delta, var, count))
 
 
-def as_stats(mean: jax.Array, var: jax.Array, count: jax.Array) -> BNStats:
+def _pool_by_sums(moments: Moments, names: tuple[Any, ...]) -> Moments:
+    mean, delta, var, count = moments
+    weight, weighted = psum(jnp.stack((count, count * mean)), names, None)
+    share = count / jnp.where(weight > 0, weight, 1)
+    centre = weighted / jnp.where(weight > 0, weight, 1)
+    apart = (mean - centre) + delta
+    shift, square = psum(jnp.stack((share * apart, share * (var + lax.square(apart)))), names, None)
+    mean = centre + shift
+    var = jnp.maximum(square - lax.square(shift), 0)  # shift is no more than the rounding of the first sum
+    return Moments(mean, shift - (mean - centre), var, weight)
+
+
+def as_stats(moments: Moments) -> BNStats:
     """The public form of moments."""
-    return BNStats(mean, var, count.astype(jnp.float32))
+    return BNStats(moments.mean + moments.delta, moments.var, moments.count.astype(jnp.float32))
 
 
 def bn_merge_stats(*stats: Any, axis: int | None = None) -> Any:
@@ -220,8 +251,7 @@ def bn_merge_stats(*stats: Any, axis: int | None = None) -> Any:
 @partial(jax.jit, inline=True)
 def _merged(parts: list[BNStats]) -> BNStats:
     mean, var, count = (jnp.concatenate(column) for column in zip(*parts, strict=True))
-    merged = pool(Moments(mean, jnp.zeros_like(mean), var, count.astype(mean.dtype)))
-    return as_stats(merged.mean + merged.delta, merged.var, merged.count)
+    return as_stats(pool(Moments(mean, jnp.zeros_like(mean), var, count.astype(mean.dtype))))
 
 
 def _of_one_shape(path: str, shapes: Iterable[tuple[int, ...]]) -> None:

@@ -11,9 +11,23 @@ from functools import partial, reduce
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["add", "all_gather", "axis_total", "enter", "psum", "separate", "to_varying", "varying_axes"]
+Groups = tuple[tuple[int, ...], ...]
+
+__all__ = [
+    "Groups",
+    "add",
+    "all_gather",
+    "axis_total",
+    "enter",
+    "gather_group",
+    "psum",
+    "separate",
+    "to_varying",
+    "varying_axes",
+]
 
 
 def _barrier(*arrays):
@@ -104,6 +118,19 @@ def all_gather(x: jax.Array, names: tuple[Any, ...]) -> jax.Array:
     return lax.all_gather(x, names)
 
 
-def psum(x: jax.Array, names: tuple[Any, ...]) -> jax.Array:
-    """The sum over all devices along the named axes."""
+def gather_group(x: jax.Array, names: tuple[Any, ...], groups: Groups) -> tuple[jax.Array, jax.Array]:
+    """(D, …) the ``x`` of every device along the named axis, and (D,) which of them are in one group with this one.
+
+    JAX's own collectives refuse groups under ``vmap`` and ``shard_map``; rows can be selected anywhere.
+    """
+    group_of = {index: number for number, group in enumerate(groups) for index in group}
+    number = jnp.array([group_of[index] for index in range(len(group_of))])
+    return lax.all_gather(enter(x, names), names), number == number[lax.axis_index(names)]
+
+
+def psum(x: jax.Array, names: tuple[Any, ...], groups: Groups | None) -> jax.Array:
+    """The sum over all devices along the named axes, or over those in one group with this one."""
+    if groups is not None:
+        rows, mine = gather_group(x, names, groups)
+        return jnp.sum(jnp.where(lax.expand_dims(mine, range(1, rows.ndim)), rows, 0), 0)
     return lax.psum(x, names) if names else x

@@ -28,7 +28,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jbn._moments import Moments
-from jbn._named_axes import add, psum, separate, to_varying, varying_axes
+from jbn._named_axes import Groups, add, psum, separate, to_varying, varying_axes
 
 __all__ = ["Layout", "normalize"]
 
@@ -44,6 +44,7 @@ class Layout(NamedTuple):
 
     reduce_axes: tuple[int, ...]
     names: tuple[Any, ...]  # named axes over which the moments were pooled
+    groups: Groups | None  # indices along them that were pooled with each other; None for all
     train: bool  # whether the moments are those of x
 
 
@@ -65,12 +66,12 @@ def normalize(
     eps: jax.Array,
     moments: Moments,
     mask: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (y, μ, σ²): y in x's dtype, μ and σ² with the derivative that they have as moments of x."""
+) -> tuple[jax.Array, Moments]:
+    """Returns y, in x's dtype, and the moments with the derivative that they have as those of x."""
     if layout.train:
         moments = lax.stop_gradient(moments)
     y, mean, var = _kernel(layout, x, gamma, beta, eps, moments, mask)
-    return y, mean + moments.delta, var
+    return y, Moments(mean, moments.delta, var, moments.count)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -100,7 +101,7 @@ def _rule(layout, primals, tangents):
     if not layout.train:
         half_var_dot, mean_dot = moments_dot.var / 2, moments_dot.mean + moments_dot.delta
     elif x_moves:
-        sums = psum(_tangent_sums(layout, known, x_dot), layout.names)
+        sums = psum(_tangent_sums(layout, known, x_dot), layout.names, layout.groups)
         half_var_dot, mean_dot = sums / jnp.maximum(moments.count, 1)[None]
     else:
         half_var_dot = mean_dot = jnp.zeros_like(mean)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jbn import _checks
+from jbn import _checks, _checks_axes
 from jbn._core import bn_update_stats
 from jbn._moments import bn_merge_stats
 from jbn._named_axes import axis_total, enter, varying_axes
@@ -106,7 +106,7 @@ def make_train_step(
         Ioffe & Szegedy 2015, Algorithm 2.
     """
     _checks.as_momentum(momentum)
-    names = _checks.as_names(axis_name)
+    names = _checks_axes.as_names(axis_name)
     parts = _as_accumulate(accumulate)
     guarded = _checks.as_flag("skip_nonfinite", skip_nonfinite)
     optimizer = optax.with_extra_args_support(optimizer)

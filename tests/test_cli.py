@@ -206,6 +206,13 @@ class TestTerminal:
 
 
 class TestInterrupt:
+    @pytest.fixture(autouse=True)
+    def ctrl_c_is_heard(self):
+        """Also where the tests run in the background of a shell, which ignores it there."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+
     def interrupted(self, tmp_path, capsys, data):
         """What a run that should stop leaves behind and says."""
         before, handler = tree(tmp_path), signal.getsignal(signal.SIGINT)

@@ -178,12 +178,49 @@ bn_apply(params, state, jnp.ones(C), train=True)
 jax.vmap(partial(bn_apply, params, state, train=True))(x[:, None])
     ValueError: x: got shape (1, 3), one value per channel; expected at least 2 in training, since the
     variance of one is 0; use a larger batch, synchronize over devices with axis_name, or pass train=False.
-apply(ghost_size=2)
-    NotImplementedError: ghost_size: got 2; expected None; it is not built yet.
-apply(renorm=(3.0, 5.0))
-    NotImplementedError: renorm: got (3.0, 5.0); expected None; it is not built yet.
+apply(ghost_size=3)
+    ValueError: ghost_size: got 3; expected a divisor of the batch of 4; use one of 1, 2, 4.
+apply(ghost_size=1)
+    ValueError: ghost_size: got 1 for x of shape (4, 3), one value per channel in a block; expected at least 2,
+    since the variance of one is 0; use a larger ghost_size, or pass train=False.
+apply(ghost_size=0)
+    ValueError: ghost_size: got 0; expected at least 1; pass the number of examples in a block.
+apply(ghost_size=2.0)
+    TypeError: ghost_size: got 2.0; expected an int; pass the number of examples in a block.
+evaluate(ghost_size=True)
+    TypeError: ghost_size: got True; expected an int; pass the number of examples in a block.
+bn_apply(*bn_init((4, C)), x, train=True, axis=(0, 1), ghost_size=2)
+    ValueError: ghost_size: got 2 with feature axis 0; expected the leading axis to be the batch; move the
+    features to another axis.
+traced(lambda size: apply(ghost_size=size), 2)
+    TypeError: ghost_size: got a traced value; expected a Python value, known when the function is traced; name
+    it in static_argnames of jax.jit, or bind it with functools.partial.
+apply(renorm=3.0)
+    ValueError: renorm: got 3.0; expected a pair (r_max, d_max); pass (1.0, 0.0) for plain batch norm.
+apply(renorm=(3.0, 5.0, 1.0))
+    ValueError: renorm: got (3.0, 5.0, 1.0); expected a pair (r_max, d_max); pass (1.0, 0.0) for plain batch
+    norm.
+apply(renorm=(0.5, 0.0))
+    ValueError: renorm: got r_max = 0.5; expected at least 1; (1.0, 0.0) is plain batch norm.
+apply(renorm=(1.0, -1.0))
+    ValueError: renorm: got d_max = -1.0; expected at least 0; (1.0, 0.0) is plain batch norm.
+evaluate(renorm=(float("nan"), 0.0))
+    ValueError: renorm: got r_max = nan; expected at least 1; (1.0, 0.0) is plain batch norm.
+apply(renorm=("3", 5.0))
+    TypeError: renorm: got '3'; expected one real number; pass a scalar.
+bn_apply(params, None, x, train=True, renorm=(3.0, 5.0))
+    TypeError: state: got NoneType; expected BNState; pass the second of the pair that bn_init returns.
 apply(axis_index_groups=((0, 1),))
-    NotImplementedError: axis_index_groups: got ((0, 1),); expected None; it is not built yet.
+    ValueError: axis_index_groups: got groups with 0 axis names; expected one name; pass axis_name, or name the
+    axis of a mesh whose devices are to be synchronized.
+evaluate(axis_name="data", axis_index_groups=3)
+    TypeError: axis_index_groups: got 3; expected a tuple of tuples of ints; as in ((0, 1), (2, 3)).
+jax.vmap(partial(apply, axis_name="i", axis_index_groups=((0,), (2,))), axis_name="i", axis_size=3)()
+    ValueError: axis_index_groups: got ((0,), (2,)); expected each of the indices 0 to 2 in one group; name
+    every index once.
+jax.vmap(lambda x: bn_apply(*pair, x, train=True, axis_name="i", axis_index_groups=((0, 1), (2,))), axis_name="i")(x[:3, None])
+    ValueError: x: got shape (1, 3), one value per channel; expected at least 2 in training, since the
+    variance of one is 0; use a larger batch, synchronize over devices with axis_name, or pass train=False.
 bn_update_stats(state, stats, momentum=-0.1)
     ValueError: momentum: got -0.1; expected 0 ≤ momentum ≤ 1, the share kept; pass 1 - m for PyTorch's
     momentum m.

@@ -6,7 +6,6 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 from jbn import BNParams, BNState, BNStats, bn_apply, bn_init, bn_labels, bn_update_stats, weight_decay_mask
