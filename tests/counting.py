@@ -64,9 +64,7 @@ class Instruction(NamedTuple):
     called: tuple[str, ...]  # computations
 
 
-_LINE = re.compile(
-    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$"
-)
+_LINE = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$")
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -119,10 +117,7 @@ class Hlo:
     def collectives(self) -> list[Instruction]:
         """All collectives of the module, asynchronous ones once."""
         return [
-            i
-            for body in self._computations.values()
-            for i in body
-            if i.opcode.removesuffix("-start") in COLLECTIVES
+            i for body in self._computations.values() for i in body if i.opcode.removesuffix("-start") in COLLECTIVES
         ]
 
     def _count(self, computation: str, is_one: Any, branch: Any, into_fusions: bool) -> int:
@@ -141,9 +136,7 @@ class Hlo:
 
 
 def _instruction(found: re.Match[str]) -> Instruction:
-    sizes = tuple(
-        math.prod(map(int, filter(None, dims.split(",")))) for dims in _ARRAY.findall(found["shape"])
-    )
+    sizes = tuple(math.prod(map(int, filter(None, dims.split(",")))) for dims in _ARRAY.findall(found["shape"]))
     rest = found["rest"]
     inside = rest[: _closing(rest)]
     operands = tuple(name for name in re.findall(r"%([\w.\-]+)", inside))

@@ -63,9 +63,7 @@ def assert_close(got, expected, tolerance=1e-6):
 
 def whole(params, x, weights, mask):
     """(gradients, (y, stats)) of the whole batch on one device."""
-    (_, out), gradients = jax.jit(jax.value_and_grad(unsharded, (0, 1), has_aux=True))(
-        params, x, weights, mask
-    )
+    (_, out), gradients = jax.jit(jax.value_and_grad(unsharded, (0, 1), has_aux=True))(params, x, weights, mask)
     return gradients, out
 
 

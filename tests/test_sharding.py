@@ -110,9 +110,7 @@ def test_evaluation_inside_shard_map_is_that_of_the_whole_batch():
 
 def test_an_unbound_axis_name_in_training_is_an_error_that_says_so():
     params, x, _, _ = problem()
-    with pytest.raises(
-        ValueError, match=r"^axis_name: got 'nowhere', which is not bound here; expected .*; call"
-    ):
+    with pytest.raises(ValueError, match=r"^axis_name: got 'nowhere', which is not bound here; expected .*; call"):
         bn_apply(params, None, x, train=True, axis_name="nowhere")
 
 
@@ -131,9 +129,7 @@ def test_one_value_per_channel_over_all_devices_is_an_error():
     params, x, _, _ = problem()
     one = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     for axis_name, m in ((None, mesh()), ("data", one)):
-        with pytest.raises(
-            ValueError, match=r"^x: got shape \(1, 5\), one value per channel; expected at least 2"
-        ):
+        with pytest.raises(ValueError, match=r"^x: got shape \(1, 5\), one value per channel; expected at least 2"):
             jax.shard_map(
                 lambda x: bn_apply(params, None, x, train=True, axis_name=axis_name)[0],  # noqa: B023
                 mesh=m,

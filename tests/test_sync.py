@@ -66,9 +66,7 @@ def test_shard_map_equals_the_whole_batch_differentiated_inside(mask):
 
     specs = (P(), P("data"), P("data"), mask_spec(mask))
     out_specs = ((P(), P("data")), (P("data"), STATS))
-    got = jax.jit(jax.shard_map(shard, mesh=mesh(), in_specs=specs, out_specs=out_specs))(
-        params, x, weights, mask
-    )
+    got = jax.jit(jax.shard_map(shard, mesh=mesh(), in_specs=specs, out_specs=out_specs))(params, x, weights, mask)
     assert_close(got, whole(params, x, weights, mask))
 
 
@@ -99,9 +97,7 @@ def test_vmap_and_pmap_equal_the_whole_batch(map_over, mask):
 @pytest.mark.parametrize("map_over", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
 def test_every_member_of_a_named_axis_gets_the_same_stats(map_over):
     params, x, _, _ = problem()
-    _, stats = map_over(lambda x: bn_apply(params, None, x, train=True, axis_name="data"), axis_name="data")(
-        split(x)
-    )
+    _, stats = map_over(lambda x: bn_apply(params, None, x, train=True, axis_name="data"), axis_name="data")(split(x))
     for leaf in stats:
         leaf = np.asarray(leaf)
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
@@ -135,9 +131,7 @@ def test_float64_shards_agree_with_the_plain_formula_to_1e_12():
                 return y, stats.mean, stats.var
 
             specs = (P(), P("data"), P("data"))
-            return jax.shard_map(shard, mesh=mesh(), in_specs=specs, out_specs=(P("data"), P(), P()))(
-                params, x, mask
-            )
+            return jax.shard_map(shard, mesh=mesh(), in_specs=specs, out_specs=(P("data"), P(), P()))(params, x, mask)
 
         def formula(params, x):
             return plain.train(x, *params, 1e-5, mask)
@@ -145,9 +139,7 @@ def test_float64_shards_agree_with_the_plain_formula_to_1e_12():
         got, expected = (jax.jit(jax.grad(partial(loss, fn), (0, 1)))(params, x) for fn in (ours, formula))
         assert_close(got, expected, 1e-12)
         hvps = [
-            jax.jit(lambda p, x, f=fn: jax.jvp(jax.grad(partial(loss, f), (0, 1)), (p, x), (p, weights)))(
-                params, x
-            )
+            jax.jit(lambda p, x, f=fn: jax.jvp(jax.grad(partial(loss, f), (0, 1)), (p, x), (p, weights)))(params, x)
             for fn in (ours, formula)
         ]
         assert_close(*hvps, 1e-12)
