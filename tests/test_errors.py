@@ -18,6 +18,7 @@ x = jnp.ones((4, C), jnp.float32)
 stats = BNStats(jnp.ones(C), jnp.ones(C), jnp.full(C, 4.0))
 zero, two = jnp.float32(0), jnp.float32(2)
 apply = partial(bn_apply, params, state, x, train=True)
+apply_to = partial(bn_apply, params, state, train=True)
 evaluate = partial(bn_apply, params, state, x, train=False)
 
 
@@ -218,7 +219,7 @@ evaluate(axis_name="data", axis_index_groups=3)
 jax.vmap(partial(apply, axis_name="i", axis_index_groups=((0,), (2,))), axis_name="i", axis_size=3)()
     ValueError: axis_index_groups: got ((0,), (2,)); expected each of the indices 0 to 2 in one group; name
     every index once.
-jax.vmap(lambda x: bn_apply(*pair, x, train=True, axis_name="i", axis_index_groups=((0, 1), (2,))), axis_name="i")(x[:3, None])
+jax.vmap(partial(apply_to, axis_name="i", axis_index_groups=((0, 1), (2,))), axis_name="i")(x[:3, None])
     ValueError: x: got shape (1, 3), one value per channel; expected at least 2 in training, since the
     variance of one is 0; use a larger batch, synchronize over devices with axis_name, or pass train=False.
 bn_update_stats(state, stats, momentum=-0.1)
