@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A room imports rooms of lower floors, and those that stand before it on its own.
 FLOORS = (
-    ("_pytrees", "_checks", "_checks_axes", "_named_axes"),
+    ("_pytrees", "_checks", "_checks_axes", "_checks_inference", "_named_axes"),
     ("_moments",),
     ("_normalize", "_variants"),
     ("_core",),
@@ -33,12 +33,12 @@ ORDER = [room for floor in FLOORS for room in floor]
 
 # Beside the standard library and jax: who may import what, "inside" a function or at the "top".
 GUESTS = {
-    "numpy": {"_pytrees", "_checks", "convert", "report", "cli"},
+    "numpy": {"_pytrees", "_checks", "_inference", "convert", "report", "cli"},
     "optax": {"training", "cli"},
     "flax": {"linen", "nnx"},
     "matplotlib": {"report"},
     "typer": {"cli"},
-    "rich": {"cli"},
+    "rich": {"_inference", "cli"},
     "sklearn": {"cli"},
     "safetensors": {"cli"},
 }
@@ -210,6 +210,20 @@ class Contract:
 
     def mlp(sizes, *, norm="z", activation=jax.nn.relu, dtype=None, bn=jbn.bn_apply): ...
 
+    def resnet(
+        num_classes,
+        *,
+        in_channels=3,
+        widths=(16, 32, 64),
+        blocks=3,
+        norm="z",
+        activation=jax.nn.relu,
+        zero_gamma=False,
+        remat=False,
+        dtype=None,
+        bn=jbn.bn_apply,
+    ): ...
+
     def make_train_step(
         apply, loss_fn, optimizer, *, momentum=0.9, accumulate=1, axis_name=None, skip_nonfinite=True
     ): ...
@@ -224,7 +238,7 @@ FUNCTIONS = [
     (module, name)
     for module, name in PUBLIC
     if module in ("jbn", "jbn.training") and inspect.isfunction(getattr(importlib.import_module(module), name))
-] + [("jbn.networks", "mlp")]
+] + [("jbn.networks", "mlp"), ("jbn.networks", "resnet")]
 
 
 @pytest.mark.parametrize(("module", "name"), FUNCTIONS, ids=lambda v: v)

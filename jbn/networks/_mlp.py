@@ -1,43 +1,29 @@
-"""Reference networks as pairs of pure functions over plain dicts: W, b, γ and β of each layer in sight."""
+"""The multilayer perceptron: one batch norm in each hidden layer, before or after its activation."""
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jbn import _checks
-from jbn._core import bn_apply, bn_init
+from jbn._core import bn_apply
+from jbn.networks._network import (
+    Layer,
+    Network,
+    as_compute_dtype,
+    check_fit,
+    check_function,
+    entered,
+    init_layer,
+)
 
-__all__ = ["Network", "mlp"]
+__all__ = ["mlp"]
 
 _NORMS = ("z", "a", None)
-
-
-class Network(NamedTuple):
-    """A network as a pair of pure functions, as optax's transformations are.
-
-    Attributes:
-        init: ``init(key) -> (params, state)``, what is learned and the running statistics.
-        apply: ``apply(params, state, x, *, train, axis_name=None, mask=None) -> (outputs, stats)``;
-            ``stats`` are for ``bn_update_stats(state, stats)``. ``train`` and ``axis_name`` are static.
-
-    Example:
-        >>> import jax
-        >>> from jbn.networks import mlp
-        >>> init, apply = mlp((4, 8, 3))
-        >>> params, state = init(jax.random.key(0))
-        >>> outputs, stats = apply(params, state, jax.numpy.ones((2, 4)), train=True)
-        >>> outputs.shape
-        (2, 3)
-    """
-
-    init: Callable[..., tuple[Any, Any]]
-    apply: Callable[..., tuple[Any, Any]]
 
 
 def mlp(
@@ -102,34 +88,31 @@ def mlp(
     """
     widths = _as_sizes(sizes)
     _check_norm(norm)
-    for name, function in (("activation", activation), ("bn", bn)):
-        if not callable(function):
-            raise TypeError(f"{name}: got {function!r}; expected a function; pass it, not its name.")
-    compute = None if dtype is None else _checks.as_float_dtype(dtype)
-    layers = len(widths) - 1
-    normed = [norm is not None and i < layers - 1 for i in range(layers)]
+    check_function("activation", activation)
+    check_function("bn", bn)
+    compute = as_compute_dtype(dtype)
+    last = len(widths) - 2
+    layers = [Layer(shape, normed=norm is not None and i < last) for i, shape in enumerate(pairwise(widths))]
 
     def init(key):
-        params, state = [], []
-        keys = jax.random.split(key, layers)
-        for i, (n_in, n_out) in enumerate(pairwise(widths)):
-            bn_params, bn_state = bn_init(n_out) if normed[i] else (None, None)
-            W = math.sqrt(2 / n_in) * jax.random.normal(keys[i], (n_in, n_out), jnp.float32)
-            params.append({"W": W, "b": jnp.zeros(n_out, jnp.float32), "bn": bn_params})
-            state.append(bn_state)
-        return params, state
+        keys = jax.random.split(key, len(layers))
+        noise = [jax.random.normal(keys[i], layer.shape, jnp.float32) for i, layer in enumerate(layers)]
+        made = list(map(init_layer, noise, layers))
+        return [params for params, _ in made], [state for _, state in made]
 
     def apply(params, state, x, *, train, axis_name=None, mask=None):
-        a, mask = _entered(params, state, x, mask, widths[0], layers)
-        a = a.astype(_checks.compute_dtype(a.dtype) if compute is None else compute)
+        check_fit(params, state, layers)
+        x = _as_rows(x, widths[0])
+        mask = None if mask is None else _checks.as_mask(mask, (*x.shape[:-1], 1))
+        a = entered(x, mask, compute)
         stats: list[Any] = []
-        for i, (layer, running) in enumerate(zip(params, state, strict=True)):
+        for i, (layer, normed) in enumerate(zip(params, (layer.normed for layer in layers), strict=True)):
             W, b = layer["W"].astype(a.dtype), layer["b"].astype(a.dtype)
-            b = lax.stop_gradient(b) if normed[i] and norm == "z" else b
+            b = lax.stop_gradient(b) if normed and norm == "z" else b
             z = a @ W + lax.expand_dims(b, range(a.ndim - 1))
-            if i == layers - 1:
+            if i == last:
                 return z, [*stats, None]
-            seen = None
+            running, seen = None if state is None else state[i], None
             if norm == "z":
                 z, seen = bn(layer["bn"], running, z, train=train, axis_name=axis_name, mask=mask)
             a = activation(z)
@@ -140,25 +123,15 @@ def mlp(
     return Network(init, apply)
 
 
-def _entered(params: Any, state: Any, x: Any, mask: Any, width: int, layers: int) -> tuple[Any, Any]:
-    """x with its masked-out rows zeroed, and the mask; or an error about what does not fit the network."""
-    for name, entries in (("params", params), ("state", state)):
-        if not isinstance(entries, (list, tuple)) or len(entries) != layers:
-            got = f"{len(entries)} entries" if isinstance(entries, (list, tuple)) else type(entries).__name__
-            raise ValueError(
-                f"{name}: got {got}; expected a list with one entry for each of {layers} layers; "
-                f"pass what the network's init returned: params, state = init(key)."
-            )
+def _as_rows(x: Any, width: int) -> jax.Array:
+    """x of shape (N, in)."""
     x = _checks.as_batch("x", x)
-    if x.ndim == 0 or x.shape[-1] != width:
+    if x.shape[-1] != width:
         raise ValueError(
             f"x: got shape {x.shape}; expected (N, {width}), the first of sizes; "
             f"flatten images with x.reshape(len(x), -1), or change sizes."
         )
-    if mask is not None:
-        mask = _checks.as_mask(mask, (*x.shape[:-1], 1))
-        x = jnp.where(mask, x, jnp.zeros_like(x))
-    return x, mask
+    return x
 
 
 def _as_sizes(sizes: Any) -> tuple[int, ...]:
