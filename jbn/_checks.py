@@ -24,6 +24,7 @@ __all__ = [
     "as_flag",
     "as_float_dtype",
     "as_input_eps",
+    "as_layer",
     "as_mask",
     "as_matching",
     "as_momentum",
@@ -130,14 +131,19 @@ def as_float_dtype(dtype: Any) -> Any:
 
 def as_params(params: Any, shape: tuple[int, ...]) -> BNParams:
     """A BNParams whose fields have the feature shape, or are None."""
+    params = _as_bn_params(params)
+    for name, value in zip(BNParams._fields, params, strict=True):
+        if value is not None:
+            _of_shape(f"params.{name}", value, shape)
+    return params
+
+
+def _as_bn_params(params: Any) -> BNParams:
     if not isinstance(params, BNParams):
         raise TypeError(
             f"params: got {_kind(params)}; expected BNParams; "
             f"pass the first of the pair that bn_init returns: params, state = bn_init(...)."
         )
-    for name, value in zip(BNParams._fields, params, strict=True):
-        if value is not None:
-            _of_shape(f"params.{name}", value, shape)
     return params
 
 
@@ -150,6 +156,13 @@ def _of_shape(name: str, value: Any, shape: tuple[int, ...], hint: str = "") -> 
 
 def as_state(state: Any, shape: tuple[int, ...]) -> BNState:
     """A BNState whose fields have the feature shape."""
+    state = _as_bn_state(state)
+    for name, value in zip(BNState._fields, state, strict=True):
+        _of_shape(f"state.{name}", value, shape)
+    return state
+
+
+def _as_bn_state(state: Any) -> BNState:
     if not isinstance(state, BNState):
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], BNParams):
             hint = "unpack the pair of bn_init: params, state = bn_init(...)"
@@ -160,8 +173,6 @@ def as_state(state: Any, shape: tuple[int, ...]) -> BNState:
         else:
             hint = "pass the second of the pair that bn_init returns"
         raise TypeError(f"state: got {_kind(state)}; expected BNState; {hint}.")
-    for name, value in zip(BNState._fields, state, strict=True):
-        _of_shape(f"state.{name}", value, shape)
     return state
 
 
@@ -186,6 +197,20 @@ def as_matching(path: str, state: BNState, stats: BNStats) -> None:
                     f"{name}{path}.{field}: got shape {jnp.shape(value)}; expected {shape}, that of "
                     f"state{path}.mean; update each state with stats of its own layer."
                 )
+
+
+def as_layer(params: Any, state: Any) -> tuple[BNParams, BNState]:
+    """Params and state of one batch norm, whose fields all have one shape; a None stays None."""
+    params, state = _as_bn_params(params), _as_bn_state(state)
+    shape = jnp.shape(state.mean)
+    for name, node in (("params", params), ("state", state)):
+        for field, value in zip(node._fields, node, strict=True):
+            if value is not None and jnp.shape(value) != shape:
+                raise ValueError(
+                    f"{name}.{field}: got shape {jnp.shape(value)}; expected {shape}, that of state.mean; "
+                    f"pass the params and the state of one layer."
+                )
+    return params, state
 
 
 def as_mask(mask: Any, shape: tuple[int, ...]) -> jax.Array:

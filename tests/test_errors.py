@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np  # noqa: F401
 import pytest
 
-from jbn import BNStats, bn_apply, bn_init, bn_merge_stats, bn_update_stats, normalize_inputs  # noqa: F401
+from jbn import (  # noqa: F401
+    BNStats,
+    bn_affine,
+    bn_apply,
+    bn_calibrate,
+    bn_fold,
+    bn_init,
+    bn_merge_stats,
+    bn_update_stats,
+    normalize_inputs,
+)
 
 C = 3
 # Each call is an expression over these names and the imports, so that the table shows what was typed.
@@ -20,6 +30,7 @@ zero, two = jnp.float32(0), jnp.float32(2)
 apply = partial(bn_apply, params, state, x, train=True)
 apply_to = partial(bn_apply, params, state, train=True)
 evaluate = partial(bn_apply, params, state, x, train=False)
+observe = partial(bn_apply, train=True)
 
 
 def traced(fn, value):
@@ -381,6 +392,81 @@ normalize_inputs(x, eps=-1e-5)
 traced(lambda axis: normalize_inputs(x, axis=axis), 1)
     TypeError: axis: got a traced value; expected a Python value, known when the function is traced; name it
     in static_argnames of jax.jit, or bind it with functools.partial.
+bn_affine(state, params)
+    TypeError: params: got BNState; expected BNParams; pass the first of the pair that bn_init returns:
+    params, state = bn_init(...).
+bn_affine(params, stats)
+    TypeError: state: got BNStats; expected BNState; turn stats into a state with bn_update_stats(state,
+    stats).
+bn_affine(bn_init(5)[0], state)
+    ValueError: params.gamma: got shape (5,); expected (3,), that of state.mean; pass the params and the state of
+    one layer.
+bn_affine(params, state._replace(var=jnp.ones(5)))
+    ValueError: state.var: got shape (5,); expected (3,), that of state.mean; pass the params and the state of
+    one layer.
+bn_affine(params, state, eps=0.0)
+    ValueError: eps: got 0.0; expected a finite number above 0; pass eps=1e-5 (without it a constant channel
+    divides by zero).
+bn_fold(params, state, x.T)
+    ValueError: kernel: got size 4 along kernel_axis -1 of shape (3, 4); expected 3, the size of state.mean; name
+    the axis of the output features, -1 for kernels (…, in, out), 0 for OIHW.
+bn_fold(params, state, x, kernel_axis=2)
+    ValueError: kernel_axis: got 2; expected -2 ≤ kernel_axis < 2 for a kernel of rank 2; name the axis of the
+    output features.
+bn_fold(params, state, x, kernel_axis=(0, 1))
+    TypeError: kernel_axis: got (0, 1); expected an int; pass -1 for kernels (…, in, out), 0 for OIHW.
+bn_fold(params, state, x, kernel_axis=True)
+    TypeError: kernel_axis: got True; expected an int; pass -1 for kernels (…, in, out), 0 for OIHW.
+traced(lambda axis: bn_fold(params, state, x, kernel_axis=axis), 1)
+    TypeError: kernel_axis: got a traced value; expected a Python value, known when the function is traced; name
+    it in static_argnames of jax.jit, or bind it with functools.partial.
+bn_fold(params, state, jnp.ones((4, C), jnp.int8))
+    TypeError: kernel: got dtype int8; expected a real floating-point array; convert it with
+    kernel.astype(jnp.float32).
+bn_fold(params, state, {"W": x})
+    TypeError: kernel: got dict; expected a real floating-point array; pass the data.
+bn_fold(params, state, x, jnp.ones(4))
+    ValueError: bias: got shape (4,); expected (3,), that of state.mean; pass one value for each output feature,
+    or None.
+bn_fold(params, state, x, jnp.ones(C, jnp.int32))
+    TypeError: bias: got dtype int32; expected a real floating-point array; convert it with
+    bias.astype(jnp.float32).
+bn_fold(params, state, x, eps=-1.0)
+    ValueError: eps: got -1.0; expected a finite number above 0; pass eps=1e-5 (without it a constant channel
+    divides by zero).
+bn_fold(*bn_init((2, C)), jnp.ones((2, 4, C)))
+    ValueError: state.mean: got shape (2, 3); expected one axis, the output features of one kernel; fold layers
+    that are stacked with jax.vmap.
+bn_calibrate(observe, params, state, [])
+    ValueError: batches: got an empty iterable; expected at least one batch; make it anew if it is a generator,
+    which can be read only once.
+bn_calibrate(observe, params, state, 3)
+    TypeError: batches: got int; expected an iterable; pass a list, a generator or a data loader.
+bn_calibrate(None, params, state, [x])
+    TypeError: apply_fn: got NoneType; expected a function; pass it, not what it returns.
+bn_calibrate(observe, params, state, [x], progress=1)
+    TypeError: progress: got 1; expected a bool; pass progress=True or progress=False.
+bn_calibrate(observe, params, stats, [x])
+    TypeError: state: got BNStats; expected BNState, or a pytree of them; stats are what a batch showed; the
+    running statistics go first.
+bn_calibrate(observe, params, [None], [x])
+    ValueError: state: got no BNState in it; expected at least one; pass that of a network with batch norm, any
+    other has nothing to calibrate.
+bn_calibrate(lambda *args: stats, params, state, [x])
+    TypeError: apply_fn: got a function that returns BNStats; expected one that returns a pair (anything, stats);
+    return what the network's apply returns in training.
+bn_calibrate(lambda *args: (None, {"bn": stats}), params, state, [x])
+    TypeError: stats: got dict with ['bn']; expected BNStats; give it the structure of state, with None where
+    there is no batch norm.
+bn_calibrate(lambda *args: (None, BNStats(*np.ones((3, 5)))), params, state, [x])
+    ValueError: stats.mean: got shape (5,); expected (3,), that of state.mean; update each state with stats of
+    its own layer.
+bn_calibrate(lambda *args: (None, BNStats(*np.zeros((3, C)))), params, state, [x, x])
+    ValueError: batches: got 2 without usable statistics, count 0 or not finite in all channels; expected one or
+    more with; call the network with train=True in apply_fn, and look for NaN in data and weights.
+traced(lambda x: bn_calibrate(observe, params, state, [x]), x)
+    TypeError: apply_fn: got a function that returns traced stats; expected arrays; call bn_calibrate outside
+    jax.jit and other transformations, since it reads batches on the host.
 """
 
 
