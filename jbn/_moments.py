@@ -18,10 +18,10 @@ from jbn._pytrees import BNStats, map_nodes
 
 __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_over_devices"]
 
-# One value in so many is in the sample.
-_SPARSITY = 128
 # How much larger than σ² a mean square may be before the digits that cancel are missed: four bits.
 _CANCELLATION = 16
+# One value in so many is in the sample.
+_SPARSITY = 128
 # Up to here a second read of x costs next to nothing, and XLA:CPU sums in the order of the rows, less exactly.
 _SMALL = 2**17
 # Up to so many shards one all-gather of their moments is the quicker way, above two all-reduces.
@@ -42,12 +42,9 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
 
     All of it is one formula: with a shift s, μ = s + mean(x−s) and σ² = mean((x−s)²) − mean(x−s)². The
     difference loses log2(mean((x−s)²)/σ²) bits, so s must be near μ, and the question is how to find it in
-    less than a read of x. A small x is read twice. For a large one s is the mean of a sample. The mean of a
-    fraction f of the values, *whichever they are*, is never further from μ than σ·√((1−f)/f)
-    (Cauchy–Schwarz, on the indicator of the sample): log2(1/f) bits are lost on the worst data there is (all
-    of the sample here, all of the rest there), and none on data that are not made for it. A CPU can afford to
-    look at what was lost and read again. On a GPU a branch makes the host wait, and on both its operand is
-    paid for: there seven bits in the worst case are the price of a read saved in all.
+    less than a read of x. A small x is read twice. For a large one a CPU takes s = 0, which makes its sums
+    twice as fast as any other s, looks at what was lost, and reads again if it matters. On a GPU such a
+    branch makes the host wait, and on a TPU as well its operand is paid for; there s is the mean of a sample.
     """
     x = lax.stop_gradient(x)
     count = _count(x, mask, reduce_axes, dtype)
@@ -55,7 +52,7 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
     if not all(isinstance(n, int) for n in x.shape) or x.size <= _SMALL:  # an exported size may be open
         parts = _about_mean(reduce_axes, x, mask, share)
     else:
-        ways = (_about_sample_or_mean, _about_sample if mask is None else _about_mean)  # a mask may empty a sample
+        ways = (_about_zero_or_mean, _about_sample if mask is None else _about_mean)  # a mask may empty a sample
         cpu, default = (partial(way, reduce_axes) for way in ways)
         parts = lax.platform_dependent(x, mask, share, cpu=cpu, default=default)
     mean, delta, var = parts
@@ -64,32 +61,47 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
 
 def _about_mean(reduce_axes, x, mask, share):
     """Two reads: the mean, and sums about it."""
-    return _about(reduce_axes, x, mask, share, _total(x.astype(share.dtype), mask, reduce_axes) * share)[:3]
+    return _about(reduce_axes, x, mask, share, _total(x.astype(share.dtype), mask, reduce_axes) * share)
 
 
 def _about_sample(reduce_axes, x, mask, share):
-    """One read, and the sample's."""
-    return _about(reduce_axes, x, mask, share, _sample_mean(x, mask, reduce_axes, share.dtype))[:3]
+    """One read, and the sample's.
+
+    The mean of a fraction f of the values, *whichever they are*, is never further from μ than
+    σ·√((1−f)/f) (Cauchy–Schwarz, on the indicator of the sample): log2(1/f) = 7 bits are lost on the worst
+    data there is (all of the sample here, all of the rest there), and none on data not made for it.
+    """
+    return _about(reduce_axes, x, mask, share, _sample_mean(x, reduce_axes, share.dtype))
 
 
-def _about_sample_or_mean(reduce_axes, x, mask, share):
-    """One read; where some channel lost more than four bits (or is not finite) another, about the mean."""
-    shift = _sample_mean(x, mask, reduce_axes, share.dtype)
-    mean, delta, var, square = _about(reduce_axes, x, mask, share, shift)
-    harmless = jnp.all((square <= _CANCELLATION * var) & jnp.isfinite(square))
-    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, mean, delta, var)
+def _about_zero_or_mean(reduce_axes, x, mask, share):
+    """Raw sums; where some channel lost more than four bits (or is not finite) two reads more.
+
+    A mask multiplies, since XLA:CPU writes a selection to memory before it sums it; a masked value that
+    is not finite then shows in the sum, as any other does.
+    """
+    weight = None if mask is None else mask.astype(jnp.uint8)
+    sums = []
+    for (part, kept), power in zip(separate(((x, weight),) * 2), (lambda v: v, lax.square), strict=True):
+        values = power(part.astype(share.dtype))
+        sums.append(_total(values if kept is None else values * kept.astype(share.dtype), None, reduce_axes))
+    mean, square = (total * share for total in sums)
+    var = square - lax.square(mean)
+    harmless = jnp.max(square - _CANCELLATION * var, initial=-jnp.inf) <= 0  # False for NaN and inf, too
+    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, mean, var)
 
 
-def _as_it_is(x, mask, share, mean, delta, var):
-    return mean, delta, var
+def _as_it_is(x, mask, share, mean, var):
+    return mean, jnp.zeros_like(mean), var
 
 
-def _again(reduce_axes, x, mask, share, mean, delta, var):
-    return _about(reduce_axes, x, mask, share, mean)[:3]
+def _again(reduce_axes, x, mask, share, mean, var):
+    # Under a mask the raw sums may have met what it hides.
+    return _about_mean(reduce_axes, x, mask, share) if mask is not None else _about(reduce_axes, x, mask, share, mean)
 
 
 def _about(reduce_axes, x, mask, share, shift):
-    """μ in two parts, σ² and the mean square, by sums about ``shift``; scaled first, so their range is that of σ²."""
+    """μ in two parts and σ², by sums about ``shift``; scaled first, so their range is that of σ²."""
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
     (x1, mask1, shift1, share1), (x2, mask2, shift2, _) = separate(((x, mask, shift, share),) * 2)
     first = (x1.astype(share.dtype) - lax.expand_dims(shift1, reduce_axes)) * lax.expand_dims(share1, reduce_axes)
@@ -98,15 +110,15 @@ def _about(reduce_axes, x, mask, share, shift):
     square = 16 * (_total(lax.square(second), mask2, reduce_axes) * share)
     mean = shift + delta
     var = jnp.where(jnp.isinf(square), square, jnp.maximum(square - lax.square(delta), 0))  # no inf − inf
-    return mean, delta - (mean - shift), var, square
+    return mean, delta - (mean - shift), var
 
 
 def _total(values, mask, reduce_axes):
     return jnp.sum(values if mask is None else jnp.where(mask, values, 0), reduce_axes)
 
 
-def _sample_mean(x, mask, reduce_axes, dtype):
-    """The mean of about one in 128 of the values of each channel, evenly spread; 0 if a mask empties it.
+def _sample_mean(x, reduce_axes, dtype):
+    """The mean of about one in 128 of the values of each channel, evenly spread.
 
     Slices of the axes between the first and the last are whole tiles and contiguous reads, and leave a
     sharded batch alone; the batch comes next, where small strides stay on their shards, and the last axis,
@@ -122,9 +134,7 @@ def _sample_mean(x, mask, reduce_axes, dtype):
                 break
             strides[axis] *= 2
     x = lax.slice(x, [0] * x.ndim, x.shape, strides)
-    if mask is not None:
-        mask = lax.slice(mask, [0] * x.ndim, mask.shape, strides)
-    return _total(x.astype(dtype), mask, reduce_axes) / jnp.maximum(_count(x, mask, reduce_axes, dtype), 1)
+    return _total(x.astype(dtype), None, reduce_axes) / math.prod(x.shape[a] for a in reduce_axes)
 
 
 def _count(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], dtype: Any) -> jax.Array:

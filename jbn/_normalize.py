@@ -78,10 +78,11 @@ def normalize(
 def _kernel(layout, x, gamma, beta, eps, moments, mask):
     mean, delta, var, _ = moments
     r = lax.rsqrt(var + eps)
-    scale, shift = _over(layout, gamma * r, beta)
-    centred, _ = _present(layout, _Known(x, mean, delta, r, mask))
+    centred, present = _centred(layout, _Known(x, mean, delta, r, mask))
+    # The rounding of the mean is made good once for each channel, in what is added.
+    scale, shift, beta = _over(layout, gamma * r, beta - delta * (gamma * r), beta)
     y = centred * scale + shift
-    return y.astype(x.dtype), mean, var
+    return (y if present is None else jnp.where(present, y, beta)).astype(x.dtype), mean, var
 
 
 @partial(_kernel.defjvp, symbolic_zeros=True)
@@ -129,21 +130,23 @@ def _filled(tangents):
 @_recomputed
 def _tangent_sums(layout, known, x_dot):
     """(2, C): Σ(x−μ)·ẋ and Σẋ over the values that count."""
-    x, mean, delta, mask = separate((known.x, known.mean, known.delta, known.mask))
-    centred = _centred(layout, x, mean, delta)
+    x, mean, mask = separate((known.x, known.mean, known.mask))
+    centred = _apart(layout, x, mean)
     if mask is not None:
         centred, x_dot = jnp.where(mask, centred, 0), jnp.where(mask, x_dot, 0)
-    return jnp.stack([jnp.sum(v, layout.reduce_axes) for v in (centred * x_dot, x_dot)])
+    products, total = (jnp.sum(v, layout.reduce_axes) for v in (centred * x_dot, x_dot))
+    return jnp.stack([products - known.delta * total, total])
 
 
 @_recomputed
 def _tangent(layout, known, scale, coefficients, x_dot):
     """ẏ = x̂·p + q + γr·ẋ, for p and q the two rows of ``coefficients``; a None does not move."""
     known = separate(known)
-    centred, present = _present(layout, known)
+    centred, present = _centred(layout, known)
     terms = []
     if coefficients is not None:
-        p, q = _over(layout, coefficients[0] * known.r, coefficients[1])
+        p, q = coefficients[0] * known.r, coefficients[1]
+        p, q = _over(layout, p, q - known.delta * p)
         terms += [centred * p, jnp.broadcast_to(q, known.x.shape)]
     if x_dot is not None:
         (scale,) = _over(layout, scale)
@@ -156,16 +159,20 @@ def _over(layout, *vectors):
     return tuple(lax.expand_dims(v, layout.reduce_axes) for v in vectors)
 
 
-def _centred(layout, x, mean, delta):
-    mean, delta = _over(layout, mean, delta)
-    return (x.astype(mean.dtype) - mean) - delta
+def _apart(layout, x, mean):
+    (mean,) = _over(layout, mean)
+    return x.astype(mean.dtype) - mean
 
 
-def _present(layout, known):
-    """x − μ, and where x counts as itself: a masked value that is not finite once normalized counts as μ."""
-    centred = _centred(layout, known.x, known.mean, known.delta)
+def _centred(layout, known):
+    """x minus the rounded mean, and where x counts as itself.
+
+    A masked value that is not finite once normalized counts as μ, as a constant: there the difference is
+    what the rounding left out.
+    """
+    centred = _apart(layout, known.x, known.mean)
     if known.mask is None:
         return centred, None
-    (r,) = _over(layout, known.r)
-    present = known.mask | jnp.isfinite(centred * r)
-    return jnp.where(present, centred, 0), present
+    delta, r = _over(layout, known.delta, known.r)
+    present = known.mask | jnp.isfinite((centred - delta) * r)
+    return jnp.where(present, centred, delta), present

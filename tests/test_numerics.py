@@ -4,6 +4,7 @@ Bounds here are those of the design, not multiples of eps: 1e-5 for variances, 1
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -251,8 +252,12 @@ def test_gradients_are_those_of_float64_at_any_offset(shape, axis, cotangent):
         for name, got, expected in zip(
             ("x", "gamma", "beta"), (dx, gamma, beta), (want.x, want.gamma, want.beta), strict=True
         ):
-            error = np.abs(oracle.float64(got) - expected).max() / np.abs(expected).max()
-            assert error < GRADIENT_BOUND, (ratio, name)
+            error = np.abs(oracle.float64(got) - expected).max()
+            bound = GRADIENT_BOUND * np.abs(expected).max()
+            if name == "gamma":
+                # Σg·x̂ holds (μ − its rounding)·Σg/σ: where Σg is far from 0 that is all there is to see of it.
+                bound = max(bound, 1e-6 * np.abs(g).sum() / math.prod(size))
+            assert error < bound, (ratio, name)
 
 
 def test_masked_gradients_are_those_of_float64_at_a_large_offset():
