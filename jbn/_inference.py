@@ -266,11 +266,8 @@ def _replaced(state: BNState, total: _Total) -> BNState:
 
 
 def _like(leaf: Any, values: np.ndarray) -> jax.Array:
-    """Values in the dtype of a leaf, and where it lies."""
     with np.errstate(over="ignore"):
-        values = values.astype(leaf.dtype)
-    placed = isinstance(leaf, jax.Array) and leaf.committed
-    return jax.device_put(values, leaf.sharding) if placed else jnp.asarray(values)
+        return jnp.asarray(values.astype(leaf.dtype))
 
 
 def _silent(complete: bool) -> None:

@@ -121,6 +121,16 @@ def test_a_batch_that_is_not_finite_is_skipped_channel_by_channel_and_counted():
         np.testing.assert_allclose(state.var[channel], var[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "bad", [(np.inf, 1, 4), (np.nan, 1, 4), (1, np.inf, 4), (1, np.nan, 4), (1, 1, np.inf), (1, 1, np.nan), (5, 5, 0)]
+)
+def test_statistics_that_are_not_finite_or_of_nothing_are_skipped(bad):
+    good = [seen(1, 2, 4), seen(3, 1, 2)]
+    got = bn_calibrate(handed, PARAMS, START, [seen(*bad), good[0], seen(*bad), good[1], seen(*bad)])
+    want = bn_calibrate(handed, PARAMS, START, good)
+    assert jax.tree.map(oracle.bits, got) == jax.tree.map(oracle.bits, want)
+
+
 def test_masks_are_pooled_by_what_they_show_and_empty_ones_do_nothing():
     x = data()
     mask = np.random.default_rng(2).random((120, C)) < 0.4
@@ -172,8 +182,14 @@ class Batch:
         self.x = x
 
 
-def test_the_data_are_read_once_and_two_batches_are_held_at_most():
-    alive, reads, most = weakref.WeakSet(), 0, 0
+def test_the_data_are_read_once_and_two_batches_are_held_at_most_and_as_many_statistics():
+    alive, reads, most, made = weakref.WeakSet(), 0, 0, []
+
+    def apply_fn(params, state, batch):
+        _, stats = measured(params, state, batch.x)
+        made.append(weakref.ref(stats.mean))
+        assert sum(ref() is not None for ref in made) <= 3  # these, those that wait, those that are pooled
+        return None, stats
 
     def stream():
         nonlocal reads, most
@@ -185,7 +201,7 @@ def test_the_data_are_read_once_and_two_batches_are_held_at_most():
             yield batch
             del batch
 
-    state = bn_calibrate(lambda params, state, batch: measured(params, state, batch.x), PARAMS, START, stream())
+    state = bn_calibrate(apply_fn, PARAMS, START, stream())
     np.testing.assert_array_equal(state.count, 30)
     assert (reads, len(alive)) == (30, 0)
     assert most <= 2
