@@ -1,0 +1,520 @@
+"""`resnet` against the plain formula: its values in NumPy float64, its gradients by autodiff of it."""
+
+from functools import partial
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from eight import mesh
+from jax.sharding import PartitionSpec as P
+
+from jbn import BNParams, BNState, BNStats, bn_apply, bn_labels, bn_update_stats, weight_decay_mask
+from jbn.networks import resnet
+from jbn.training import TrainState, make_train_step
+
+EPS = 1e-5
+N, SHAPE, CLASSES = 8, (7, 5, 2), 3
+NORMS = pytest.mark.parametrize("norm", ["z", None])
+small = partial(resnet, CLASSES, in_channels=2, widths=(4, 6), blocks=1)
+
+
+def plain(xp, params, x, moments=None):
+    """Outputs, and (mean, var) by layer, of a network with one block in each of two stages.
+
+    ``xp`` is numpy, or jax.numpy for autodiff. ``moments`` are those to normalize with, for evaluation.
+    """
+    seen = {}
+
+    def conv(name, layer, a, stride):
+        W = layer["W"]
+        p = W.shape[0] // 2
+        a = xp.pad(a, ((0, 0), (p, p), (p, p), (0, 0)))
+        rows, columns = ((n - 2 * p - 1) // stride + 1 for n in a.shape[1:3])
+        patches = [
+            a[:, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
+            for i in range(W.shape[0])
+            for j in range(W.shape[1])
+        ]
+        z = xp.einsum("knhwc,kcd->nhwd", xp.stack(patches), W.reshape(len(patches), *W.shape[2:]))
+        if layer["bn"] is None:
+            return z + layer["b"][None, None, None]
+        gamma, beta = layer["bn"]
+        mean, var = (z.mean((0, 1, 2)), z.var((0, 1, 2))) if moments is None else moments[name]
+        seen[name] = (mean, var)
+        per_channel = (v[None, None, None] for v in (mean, xp.sqrt(var + EPS), gamma, beta))
+        mean, std, gamma, beta = per_channel
+        return gamma * (z - mean) / std + beta
+
+    def g(z):
+        return xp.where(z > 0, z, 0.0)
+
+    a = g(conv("stem", params["stem"], x, 1))
+    first, second = params["blocks"]
+    z = conv("0 conv2", first["conv2"], g(conv("0 conv1", first["conv1"], a, 1)), 1)
+    a = g(a + z)
+    z = conv("1 conv2", second["conv2"], g(conv("1 conv1", second["conv1"], a, 2)), 1)
+    a = g(conv("1 shortcut", second["shortcut"], a, 2) + z)
+    return a.mean((1, 2)) @ params["head"]["W"] + params["head"]["b"][None], seen
+
+
+def by_name(tree):
+    """The nodes of a state or of stats under the names that `plain` uses."""
+    first, second = tree["blocks"]
+    return {
+        "stem": tree["stem"],
+        **{f"0 {name}": node for name, node in first.items()},
+        **{f"1 {name}": node for name, node in second.items()},
+    }
+
+
+def in_float64(tree):
+    return jax.tree.map(lambda v: np.asarray(v, np.float64), tree)
+
+
+def made(norm="z", **options):
+    """A network with params in which nothing is 0 or 1, its state, and a batch."""
+    network = small(norm=norm, **options)
+    params, state = network.init(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: p + jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype), params)
+    x = jnp.asarray(2 * rng.normal(size=(N, *SHAPE)) + 1, jnp.float32)
+    return network, params, state, x
+
+
+def assert_close(got, want, rtol=1e-4, atol=1e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+@NORMS
+def test_outputs_stats_and_gradients_are_those_of_the_plain_formula(norm):
+    network, params, state, x = made(norm)
+    want, moments = plain(np, in_float64(params), np.asarray(x, np.float64))
+    cotangent = np.random.default_rng(3).normal(size=want.shape)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(jnp.asarray, in_float64(params))
+        x = jnp.asarray(x, jnp.float64)
+
+        @jax.jit
+        def both(params, wide, cotangent):
+            forward = partial(network.apply, train=True)
+            outputs, vjp, stats = jax.vjp(lambda p: forward(p, state, x), params, has_aux=True)
+            _, plain_vjp, _ = jax.vjp(lambda p: plain(jnp, p, x), wide, has_aux=True)
+            return outputs, stats, *vjp(cotangent), *plain_vjp(cotangent)
+
+        outputs, stats, grads, want_grads = jax.tree.map(np.asarray, both(params, wide, cotangent))
+    np.testing.assert_allclose(outputs, want, rtol=1e-10, atol=1e-10)
+    for name, node in by_name(stats).items():
+        if norm is None:
+            assert node is None
+            continue
+        np.testing.assert_allclose(node.mean, moments[name][0], rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(node.var, moments[name][1], rtol=1e-10)
+        np.testing.assert_array_equal(node.count, N * (7 * 5 if name in ("stem", "0 conv1", "0 conv2") else 4 * 3))
+    assert_close(grads, want_grads, rtol=1e-5, atol=1e-6)  # float32, as the params are
+
+
+def test_evaluation_uses_the_running_statistics_and_changes_none():
+    network, params, state, x = made()
+    _, stats = network.apply(params, state, x, train=True)
+    state = bn_update_stats(state, stats)
+    outputs, nothing = network.apply(params, state, x[:1] - 3, train=False)
+    moments = {name: in_float64((node.mean, node.var)) for name, node in by_name(state).items()}
+    want, _ = plain(np, in_float64(params), np.asarray(x[:1] - 3, np.float64), moments)
+    np.testing.assert_allclose(outputs, want, rtol=1e-4, atol=1e-4)
+    again = bn_update_stats(state, nothing)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), state, again))
+
+
+@NORMS
+def test_each_layer_holds_W_b_bn_and_only_blocks_that_change_the_shape_project(norm):
+    params, state = jax.eval_shape(resnet(10, widths=(4, 4, 6), blocks=2, norm=norm).init, jax.random.key(0))
+    assert list(map(list, params["blocks"])) == [
+        ["conv1", "conv2"],
+        ["conv1", "conv2"],
+        ["conv1", "conv2", "shortcut"],  # the stride alone changes
+        ["conv1", "conv2"],
+        ["conv1", "conv2", "shortcut"],
+        ["conv1", "conv2"],
+    ]
+    assert params["stem"]["W"].shape == (3, 3, 3, 4)
+    assert params["blocks"][4]["shortcut"]["W"].shape == (1, 1, 4, 6)
+    assert (params["head"]["W"].shape, params["head"]["bn"], state["head"]) == ((6, 10), None, None)
+    pairs = [(params["stem"], state["stem"])]
+    for block, running in zip(params["blocks"], state["blocks"], strict=True):
+        assert list(block) == list(running)
+        pairs += [(block[name], running[name]) for name in block]
+    for layer, running in pairs:
+        assert set(layer) == {"W", "b", "bn"}
+        if norm is None:
+            assert (layer["bn"], running) == (None, None)
+            assert layer["b"].shape == layer["W"].shape[-1:]
+        else:
+            assert layer["b"] is None
+            assert isinstance(layer["bn"], BNParams)
+            assert isinstance(running, BNState)
+            assert layer["bn"].gamma.shape == running.mean.shape == layer["W"].shape[-1:]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize(("blocks", "count"), [(3, 0.27e6), (5, 0.46e6), (7, 0.66e6), (9, 0.85e6)])
+def test_the_number_of_params_is_that_of_the_paper(blocks, count):
+    params, _ = jax.eval_shape(resnet(10, blocks=blocks).init, jax.random.key(0))
+    leaves = jax.tree.leaves(params)
+    assert sum(leaf.ndim == 4 and leaf.shape[0] == 3 for leaf in leaves) + 1 == 6 * blocks + 2
+    projections = (16 + 2) * 32 + (32 + 2) * 64  # which option A of the paper does without
+    total = sum(leaf.size for leaf in leaves)
+    assert abs(total - projections - count) < 0.005e6
+    assert blocks != 3 or total == 272_474
+
+
+def test_W_is_the_same_for_the_same_key_whatever_the_norm_and_he_normal():
+    shape = partial(resnet, 10, in_channels=16, widths=(64, 64), blocks=1)
+    networks = (shape(), shape(norm=None), shape(zero_gamma=True, remat=True))
+    (first, _), *others = (network.init(jax.random.key(7)) for network in networks)
+    another, _ = shape().init(jax.random.key(8))
+
+    def kernels(params):
+        return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+
+    for params, _ in others:
+        assert_close(kernels(params), kernels(first), rtol=0, atol=0)
+    for W, different in zip(kernels(first), kernels(another), strict=True):
+        assert abs(float(W.std()) / np.sqrt(2 / np.prod(W.shape[:-1])) - 1) < 0.1
+        assert abs(np.corrcoef(W.ravel(), different.ravel())[0, 1]) < 0.1
+    for one, other in combinations(kernels(first), 2):
+        assert abs(np.corrcoef(one.ravel()[:512], other.ravel()[:512])[0, 1]) < 0.2
+
+
+def test_no_two_leaves_share_a_buffer():
+    leaves = jax.tree.leaves(small(zero_gamma=True).init(jax.random.key(0)))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_with_zero_gamma_each_block_starts_as_its_shortcut(train):
+    network = resnet(5, in_channels=2, widths=(4, 4), blocks=2, zero_gamma=True)
+    params, state = network.init(jax.random.key(0))
+    x = made()[3]
+    outputs, _ = network.apply(params, state, x, train=train)
+
+    def norm(z):
+        mean, var = (z.mean((0, 1, 2)), z.var((0, 1, 2))) if train else (0.0, 1.0)
+        return (z - mean) / np.sqrt(var + EPS)
+
+    stem, shortcut = (np.asarray(layer["W"], np.float64) for layer in (params["stem"], params["blocks"][2]["shortcut"]))
+    patches = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2))
+    a = np.maximum(norm(np.einsum("nhwcij,ijcd->nhwd", patches.astype(np.float64), stem)), 0)  # through two blocks
+    a = np.maximum(norm(a[:, ::2, ::2] @ shortcut[0, 0]), 0)  # and two more
+    np.testing.assert_allclose(outputs, a.mean((1, 2)) @ np.asarray(params["head"]["W"]), rtol=1e-4, atol=1e-5)
+    for block in params["blocks"]:
+        ones = {name: float(layer["bn"].gamma.min()) for name, layer in block.items()}
+        assert ones == {name: float(name != "conv2") for name in block}
+
+
+def test_with_zero_gamma_the_branches_learn_to_differ():
+    network = small(zero_gamma=True)
+    params, state = network.init(jax.random.key(0))
+    x = made()[3]
+    grads = jax.jit(jax.grad(lambda p: jnp.square(network.apply(p, state, x, train=True)[0]).mean()))(params)
+    for block in grads["blocks"]:
+        assert block["conv2"]["bn"].gamma.any()
+        assert not block["conv2"]["W"].any()
+
+
+def loss_and_grads(network, state, **options):
+    """A jitted function of (params, x)."""
+
+    def loss(params, x):
+        outputs, stats = network.apply(params, state, x, train=True, **options)
+        return jnp.mean(jnp.square(outputs.astype(jnp.float32))), (outputs, stats)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def test_remat_keeps_less_for_the_backward_pass_and_changes_no_value():
+    network, params, state, x = made()
+    again = small(remat=True)
+    mask = jnp.arange(N)[:, None] != 2
+    kept = []
+    for net in (network, again):
+        forward = partial(net.apply, train=True, mask=mask)
+        _, vjp, _ = jax.eval_shape(lambda p: jax.vjp(lambda p: forward(p, state, x), p, has_aux=True), params)  # noqa: B023
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(vjp) if leaf.ndim == 4 and len(leaf) == N))
+    assert kept[1] < 0.6 * kept[0]
+    assert_close(
+        loss_and_grads(again, state, mask=mask)(params, x), loss_and_grads(network, state, mask=mask)(params, x)
+    )
+    for net in (network, again):
+        eager, _ = net.apply(params, state, x, train=False)
+        np.testing.assert_allclose(eager, network.apply(params, state, x, train=False)[0], rtol=1e-5, atol=1e-6)
+
+
+@NORMS
+@pytest.mark.parametrize("train", [True, False])
+def test_a_mask_is_the_same_as_computing_on_the_selected_images(norm, train):
+    network, params, state, x = made(norm)
+    keep = np.arange(N) % 3 != 1
+    dirty = jnp.where(keep[:, None, None, None], x, jnp.nan)
+
+    def loss(params, x, rows, mask):
+        outputs, stats = network.apply(params, state, x, train=train, mask=mask)
+        return jnp.mean(jnp.square(outputs[rows])), stats
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    masked = run(params, dirty, np.flatnonzero(keep), jnp.asarray(keep)[:, None])
+    assert_close(masked, run(params, x[keep], np.arange(keep.sum()), None), atol=1e-4)
+
+
+def test_an_empty_mask_moves_no_statistic_and_gives_finite_outputs():
+    network, params, state, x = made()
+    outputs, stats = network.apply(params, state, x * jnp.nan, train=True, mask=jnp.zeros((1, 1), bool))
+    assert jnp.isfinite(outputs).all()
+    assert_close(bn_update_stats(state, stats), state, rtol=0, atol=0)
+
+
+@NORMS
+def test_bfloat16_is_the_dtype_of_the_computation_alone(norm):
+    network, params, state, x = made(norm, dtype=jnp.bfloat16)
+    (_, (outputs, stats)), grads = loss_and_grads(network, state)(params, x)
+    exact, _ = small(norm=norm).apply(params, state, x, train=True)
+    assert outputs.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((grads, stats))} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(outputs.astype(jnp.float32), exact, rtol=0.1, atol=0.1)
+    assert (outputs.astype(jnp.float32) != exact).any()
+
+
+def test_narrow_inputs_are_computed_in_float32_unless_dtype_says_otherwise():
+    network, params, state, x = made()
+    outputs, _ = network.apply(params, state, x.astype(jnp.bfloat16), train=False)
+    assert outputs.dtype == jnp.float32
+
+
+def test_bn_is_called_once_for_each_convolution_with_all_it_needs():
+    calls = []
+
+    def recording(params, state, x, **options):
+        calls.append((x.shape, options.pop("mask").shape, options))
+        return bn_apply(params, state, x, eps=0.5, **options)
+
+    network, params, state, x = made(bn=recording)
+    outputs, _ = network.apply(params, state, x, train=True, mask=jnp.ones((N, 1), bool))
+    whole, half = (N, 7, 5, 4), (N, 4, 3, 6)
+    assert [shape for shape, *_ in calls] == [whole] * 3 + [half] * 3
+    for _, mask, options in calls:
+        assert mask == (N, 1, 1, 1)
+        assert options == {"train": True, "axis_name": None}
+    bound = small(bn=partial(bn_apply, eps=0.5)).apply(params, state, x, train=True)[0]
+    np.testing.assert_allclose(outputs, bound, rtol=1e-5, atol=1e-5)
+
+
+def test_axis_name_synchronizes_the_statistics():
+    network, params, state, x = made()
+    want = network.apply(params, state, x, train=True)
+    apply = partial(network.apply, params, state, train=True, axis_name="parts")
+    outputs, stats = jax.jit(jax.vmap(apply, axis_name="parts", out_axes=(0, None)))(x.reshape(4, 2, *SHAPE))
+    assert_close((outputs.reshape(N, CLASSES), stats), want, atol=1e-4)
+
+
+def cross_entropy(outputs, y):
+    return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y).mean()
+
+
+def start(params, bn_state, optimizer):
+    return TrainState(params, bn_state, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def test_a_training_step_on_eight_devices_equals_that_on_one():
+    network, params, state, x = made(remat=True)
+    y = jnp.arange(N, dtype=jnp.int32) % CLASSES
+    optimizer = optax.sgd(0.1)
+    train_state = start(params, state, optimizer)
+    want = jax.jit(make_train_step(network.apply, cross_entropy, optimizer))(train_state, (x, y))
+    step = make_train_step(network.apply, cross_entropy, optimizer, axis_name="data")
+    devices = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P())
+    assert_close(jax.jit(devices)(train_state, (x, y)), want, rtol=1e-3, atol=1e-4)
+
+
+def test_an_ensemble_is_a_vmap_of_init_and_apply():
+    network, _, _, x = made()
+    keys = jax.random.split(jax.random.key(5), 3)
+    params, states = jax.jit(jax.vmap(network.init))(keys)
+    apply = jax.jit(jax.vmap(partial(network.apply, train=True), in_axes=(0, 0, None)))
+    outputs, stats = apply(params, states, x)
+    states = bn_update_stats(states, stats)
+    member, state = network.init(keys[1])
+    want, want_stats = network.apply(member, state, x, train=True)
+    np.testing.assert_allclose(outputs[1], want, rtol=1e-3, atol=1e-4)
+    own = jax.tree.map(lambda leaf: leaf[1], states)
+    assert_close(own, bn_update_stats(state, want_stats), rtol=1e-3, atol=1e-4)
+
+
+def test_optax_masks_and_labels_tell_the_parameters_apart():
+    params, _ = jax.eval_shape(small().init, jax.random.key(0))
+    conv = {"W": True, "b": None, "bn": BNParams(gamma=False, beta=False)}
+    block = {"conv1": conv, "conv2": conv}
+    assert weight_decay_mask(params) == {
+        "stem": conv,
+        "blocks": [block, {**block, "shortcut": conv}],
+        "head": {"W": True, "b": False, "bn": None},
+    }
+    labels = bn_labels(params)
+    assert labels["blocks"][1]["shortcut"] == {"W": "other", "b": None, "bn": BNParams("bn", "bn")}
+    assert labels["head"] == {"W": "other", "b": "other", "bn": None}
+
+
+@pytest.mark.parametrize("missing", ["all", "the blocks", "the norms"])
+def test_stats_may_be_taken_without_running_statistics(missing):
+    network, params, state, x = made()
+    state = {
+        "all": None,
+        "the blocks": {**state, "blocks": None},
+        "the norms": jax.tree.map(lambda _: None, state, is_leaf=lambda node: isinstance(node, BNState)),
+    }[missing]
+    _, stats = network.apply(params, state, x, train=True)
+    assert all(isinstance(node, BNStats) for node in by_name(stats).values())
+    if missing != "the blocks":
+        with pytest.raises(TypeError, match="state: got NoneType; expected BNState"):
+            network.apply(params, state, x, train=False)
+
+
+def digits():
+    """Images and labels for training, and those for testing."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    x = jnp.asarray(data.images[order, :, :, None] / 8 - 1, jnp.float32)
+    y = jnp.asarray(data.target[order], jnp.int32)
+    return (x[:1472], y[:1472]), (x[1472:], y[1472:])
+
+
+def test_it_learns_digits_and_its_running_statistics_serve_evaluation():
+    network = resnet(10, in_channels=1, widths=(8, 16), blocks=1)
+    (x, y), (x_test, y_test) = digits()
+    epochs, batch_size = 5, 64
+    batches = len(y) // batch_size
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, epochs * batches))
+    step = make_train_step(network.apply, cross_entropy, optimizer)
+
+    @jax.jit
+    def epoch(train_state, order):
+        return jax.lax.scan(lambda carry, rows: step(carry, (x[rows], y[rows])), train_state, order)
+
+    rng = np.random.default_rng(0)
+    with jax.numpy_dtype_promotion("standard"):  # optax's schedule relies on it
+        train_state = start(*network.init(jax.random.key(0)), optimizer)
+        for _ in range(epochs):
+            order = rng.permutation(len(y)).reshape(batches, batch_size)
+            train_state, metrics = epoch(train_state, jnp.asarray(order, jnp.int32))
+    assert not metrics["skipped"].any()
+    assert all((node.count == epochs * batches).all() for node in by_name(train_state.bn_state).values())
+    outputs, _ = jax.jit(network.apply, static_argnames="train")(*train_state[:2], x_test, train=False)
+    assert (outputs.argmax(-1) == y_test).mean() > 0.95
+
+
+def applied(x=None, change=lambda params, state: (params, state), **options):
+    network, params, state, made_x = made()
+    params, state = change(params, state)
+    return network.apply(params, state, made_x if x is None else x, train=True, **options)
+
+
+INIT = "pass what the network's init returned: params, state = init(key)."
+IMAGES = "move the channels with jnp.moveaxis(x, 1, -1), add missing ones with x[..., None], or change in_channels."
+WIDTHS = "pass the channels of each stage, as in widths=(16, 32, 64)."
+ERRORS = [
+    (
+        lambda: resnet(2.5),
+        TypeError,
+        "num_classes: got 2.5; expected an int; pass the number of classes, as in resnet(10).",
+    ),
+    (
+        lambda: resnet(10, in_channels=0),
+        ValueError,
+        "in_channels: got 0; expected at least 1; pass 3 for colour images, 1 for grey ones.",
+    ),
+    (
+        lambda: resnet(10, blocks=True),
+        TypeError,
+        "blocks: got True; expected an int; pass the blocks in each stage, as in blocks=3.",
+    ),
+    (lambda: resnet(10, widths=16), TypeError, f"widths: got 16; expected a sequence of ints; {WIDTHS}"),
+    (lambda: resnet(10, widths=()), ValueError, f"widths: got (); expected at least one stage; {WIDTHS}"),
+    (lambda: resnet(10, widths=(16, 0)), ValueError, f"widths: got 0; expected at least 1; {WIDTHS}"),
+    (
+        lambda: resnet(10, norm="a"),
+        ValueError,
+        'norm: got \'a\'; expected "z" or None; pass "z" to normalize before the activation, None not to normalize.',
+    ),
+    (
+        lambda: resnet(10, norm=None, zero_gamma=True),
+        ValueError,
+        'zero_gamma: got True without a norm; expected False; there is no γ, pass norm="z".',
+    ),
+    (
+        lambda: resnet(10, remat=1),
+        TypeError,
+        "remat: got 1; expected a bool; pass remat=True or remat=False.",
+    ),
+    (
+        lambda: resnet(10, bn="bn_apply"),
+        TypeError,
+        "bn: got 'bn_apply'; expected a function; pass it, not its name.",
+    ),
+    (
+        lambda: applied(jnp.ones((N, 7, 5), jnp.float32)),
+        ValueError,
+        f"x: got shape (8, 7, 5); expected (N, H, W, 2), channels last; {IMAGES}",
+    ),
+    (
+        lambda: applied(jnp.ones((N, 2, 7, 5), jnp.float32)),
+        ValueError,
+        f"x: got shape (8, 2, 7, 5); expected (N, H, W, 2), channels last; {IMAGES}",
+    ),
+    (
+        lambda: applied(jnp.ones((N, *SHAPE), jnp.uint8)),
+        TypeError,
+        "x: got dtype uint8; expected a real floating-point array; convert it with x.astype(jnp.float32).",
+    ),
+    (
+        lambda: applied(mask=jnp.ones((N, 1, 1, 1), bool)),
+        ValueError,
+        "mask: got shape (8, 1, 1, 1); expected rank 2 with each size 1 or that of x (8, 1); "
+        "give the missing axes size 1, as in mask[:, None].",
+    ),
+    (
+        lambda: applied(change=lambda params, state: ([], state)),
+        ValueError,
+        f"params: got list; expected a dict of stem, blocks, head; {INIT}",
+    ),
+    (
+        lambda: applied(change=lambda params, state: (params, {**state, "blocks": []})),
+        ValueError,
+        f"state['blocks']: got 0 entries; expected a list with one entry for each of 2 blocks; {INIT}",
+    ),
+    (
+        lambda: applied(change=lambda params, state: ({**params, "blocks": params["blocks"][::-1]}, state)),
+        ValueError,
+        f"params['blocks'][0]: got a dict of conv1, conv2, shortcut; expected a dict of conv1, conv2; {INIT}",
+    ),
+    (
+        lambda: applied(change=lambda params, state: ({**params, "stem": params["head"]}, state)),
+        ValueError,
+        f"params['stem']['W']: got shape (6, 3); expected (3, 3, 2, 4); {INIT}",
+    ),
+    (
+        lambda: small(norm=None).apply(*made()[1:], train=False),
+        ValueError,
+        "params['stem']['bn']: got BNParams; expected None, for the network has no norm there; "
+        "fold the norm into W and b, or make the network with the norm it was trained with.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), ERRORS, ids=[text.split(";")[0] for _, _, text in ERRORS])
+def test_errors_say_what_was_given_what_was_expected_and_what_to_do(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
