@@ -42,12 +42,12 @@ def jax_chain(name: str, case: Case) -> Callable[[], None]:
 
     @jax.jit
     def chain(x, g, params, state):
-        if case.mode == "evaluation":  # a loop, for calls in a row would be fused into one
+        if case.mode == "evaluation":  # the parameters stay as they are
             return jax.lax.fori_loop(0, case.steps, lambda _, y: layer.apply(params, state, y)[0], x)
+        # A loop, since XLA:CPU drops barriers before it fuses, and makes every y of an unrolled chain again
+        # from the first x: the tenth call would normalize ten times.
         carry = (x, g if case.mode == "forward+backward" else None, params, state)
-        for _ in range(case.steps):
-            carry = jax.lax.optimization_barrier(step(*carry))
-        return carry
+        return jax.lax.fori_loop(0, case.steps, lambda _, carry: step(*carry), carry)
 
     x, g = jax_data(case, contestant.offset)
     return lambda: jax.block_until_ready(chain(x, g, layer.params, layer.state))
