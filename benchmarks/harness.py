@@ -10,7 +10,9 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +57,43 @@ class Engine:
         self._process.wait()
 
 
+class Here:
+    """An engine in this process, where all contestants are JAX: ``build(name, case)`` gives what is timed."""
+
+    def __init__(self, build: Callable[[str, dict[str, Any]], Callable[[], Any]]):
+        self._build = build
+        self._turns: dict[str, tuple[Callable[[], Any], int]] = {}
+
+    def ask(self, call: str, **arguments: Any) -> Any:
+        return getattr(self, call)(**arguments)
+
+    def prepare(self, name: str, case: dict[str, Any], turn_seconds: float) -> dict[str, Any]:
+        try:
+            run = self._build(name, case)
+            run()
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+        except Exception as error:
+            traceback.print_exc()
+            return {"error": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
+        self._turns[name] = run, max(1, math.ceil(turn_seconds / seconds))
+        return {"seconds": seconds}
+
+    def turn(self, name: str) -> float:
+        run, repeats = self._turns[name]
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+    def clear(self) -> None:
+        import jax
+
+        self._turns = {}
+        jax.clear_caches()
+
+
 class Spread(NamedTuple):
     """A median with its quartiles."""
 
@@ -90,7 +129,7 @@ def geomeans(columns: Sequence[Sequence[float]]) -> list[float]:
 
 
 def interleave(
-    engines: dict[str, Engine],
+    engines: Mapping[str, Engine | Here],
     contestants: dict[str, str],
     case: dict[str, Any],
     *,
@@ -156,6 +195,15 @@ def machine_line(about: dict[str, Any], versions: dict[str, str], device: str | 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def stem(name: str, device: str, date: str, *, quick: bool) -> str:
+    """What the files of a run are called: a device that is no CPU is named."""
+    if quick:
+        return f"{name}-quick"
+    kind, _, model = device.partition(": ")
+    where = "" if kind == "cpu" else "-" + "-".join(model.lower().split())
+    return f"{name}{where}-{date}"
 
 
 def write(out: Path, stem: str, record: dict[str, Any], page: str, figure: Any = None) -> list[Path]:
