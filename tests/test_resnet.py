@@ -412,7 +412,7 @@ def test_it_learns_digits_and_its_running_statistics_serve_evaluation():
     assert not metrics["skipped"].any()
     assert all((node.count == epochs * batches).all() for node in by_name(train_state.bn_state).values())
     outputs, _ = jax.jit(network.apply, static_argnames="train")(*train_state[:2], x_test, train=False)
-    assert (outputs.argmax(-1) == y_test).mean() > 0.95
+    assert (outputs.argmax(-1).astype(jnp.int32) == y_test).mean() > 0.95
 
 
 def applied(x=None, change=lambda params, state: (params, state), **options):
