@@ -92,6 +92,7 @@ def bn_apply(
             neither the statistics nor, where the loss ignores their outputs, any gradient.
         axis_name: name, or names, of axes of `jax.shard_map`, `jax.vmap` or `jax.pmap` over which the
             statistics are synchronized: pooled by count, exact for unequal shards and masks (static).
+            Up to 16 shards one collective carries their moments, above that two all-reduces do.
         axis_index_groups: tuple of tuples of indices along ``axis_name``, each index in one of them;
             statistics are synchronized within each group (static).
         ghost_size: g, to normalize the leading axis in blocks of g examples; the returned statistics

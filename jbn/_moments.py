@@ -26,6 +26,7 @@ _SPARSITY = 128
 _SMALL = 2**17
 # Up to so many shards one all-gather of their moments is the quicker way, above two all-reduces.
 _GATHERED = 16
+_TINY = 2.0**-64
 
 
 class Moments(NamedTuple):
@@ -194,9 +195,10 @@ def pool_over_devices(
 
 def _pool_by_sums(moments: Moments, names: tuple[Any, ...]) -> Moments:
     mean, delta, var, count = moments
-    weight, weighted = psum(jnp.stack((count, count * mean)), names, None)
+    # The first mean may be rough, since the second sum makes it good; scaled so, it does not overflow.
+    weight, weighted = psum(jnp.stack((count, count * (mean * _TINY))), names, None)
     share = count / jnp.where(weight > 0, weight, 1)
-    centre = weighted / jnp.where(weight > 0, weight, 1)
+    centre = weighted / jnp.where(weight > 0, weight, 1) / _TINY
     apart = (mean - centre) + delta
     shift, square = psum(jnp.stack((share * apart, share * (var + lax.square(apart)))), names, None)
     mean = centre + shift

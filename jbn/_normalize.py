@@ -102,13 +102,16 @@ def _rule(layout, primals, tangents):
     if not layout.train:
         half_var_dot, mean_dot = moments_dot.var / 2, moments_dot.mean + moments_dot.delta
     elif x_moves:
-        sums = psum(_tangent_sums(layout, known, x_dot), layout.names, layout.groups)
-        half_var_dot, mean_dot = sums / jnp.maximum(moments.count, 1)[None]
+        sums = _tangent_sums(layout, known, x_dot)
+        if layout.names:  # stacked for a collective only: apart they are fewer kernels
+            sums = psum(jnp.stack(sums), layout.names, layout.groups)
+        half_var_dot, mean_dot = (v / jnp.maximum(moments.count, 1) for v in sums)
     else:
         half_var_dot = mean_dot = jnp.zeros_like(mean)
-    moved = jnp.stack((r * (half_var_dot + eps_dot / 2), mean_dot))
-    coefficients = jnp.stack((gamma_dot, beta_dot)) - scale[None] * moved
-    coefficients = to_varying(coefficients, varying_axes(x))  # once for both: transposed, one collective
+    coefficients = (gamma_dot - scale * (r * (half_var_dot + eps_dot / 2)), beta_dot - scale * mean_dot)
+    if any(varying_axes(x) - varying_axes(v) for v in coefficients):
+        # Once for both: transposed, one collective.
+        coefficients = to_varying(jnp.stack(coefficients), varying_axes(x))
     y_dot = _tangent(layout, known, scale, coefficients if vectors_move else None, x_dot if x_moves else None)
     return (y, mean, var), (y_dot, mean_dot, 2 * half_var_dot)
 
@@ -129,23 +132,24 @@ def _filled(tangents):
 
 @_recomputed
 def _tangent_sums(layout, known, x_dot):
-    """(2, C): Σ(x−μ)·ẋ and Σẋ over the values that count."""
+    """Σ(x−μ)·ẋ and Σẋ, each (C,), over the values that count."""
     x, mean, mask = separate((known.x, known.mean, known.mask))
     centred = _apart(layout, x, mean)
     if mask is not None:
         centred, x_dot = jnp.where(mask, centred, 0), jnp.where(mask, x_dot, 0)
     products, total = (jnp.sum(v, layout.reduce_axes) for v in (centred * x_dot, x_dot))
-    return jnp.stack([products - known.delta * total, total])
+    return products - known.delta * total, total
 
 
 @_recomputed
 def _tangent(layout, known, scale, coefficients, x_dot):
-    """ẏ = x̂·p + q + γr·ẋ, for p and q the two rows of ``coefficients``; a None does not move."""
+    """ẏ = x̂·p + q + γr·ẋ, for p and q the two of ``coefficients``; a None does not move."""
     known = separate(known)
     centred, present = _centred(layout, known)
     terms = []
     if coefficients is not None:
-        p, q = coefficients[0] * known.r, coefficients[1]
+        p, q = coefficients
+        p = p * known.r
         p, q = _over(layout, p, q - known.delta * p)
         terms += [centred * p, jnp.broadcast_to(q, known.x.shape)]
     if x_dot is not None:

@@ -39,7 +39,7 @@ def renormalized(
     References:
         Ioffe 2017, "Batch Renormalization", Algorithm 1.
     """
-    mean, var, count = lax.stop_gradient(state)
+    mean, var, count = (jnp.broadcast_to(v, moments.mean.shape) for v in lax.stop_gradient(state))
     dtype = moments.mean.dtype
     r_max, d_max = (jnp.asarray(limit, dtype) for limit in limits)
     scale = lax.rsqrt(var.astype(dtype) + eps)
