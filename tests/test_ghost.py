@@ -201,11 +201,12 @@ def test_an_ensemble_by_vmap_is_a_loop_over_its_members():
     eight.assert_close(got, jax.tree.map(lambda *v: jnp.stack(v), *alone))
 
 
-@pytest.mark.parametrize(
-    ("devices", "mask"), [(1, None), (2, "an empty shard"), (4, "an empty shard"), (8, None), (8, "an empty shard")]
-)
-def test_on_devices_blocks_stay_where_they_are_and_statistics_are_merged(devices, mask):
-    params, x, weights, mask = eight.problem(mask=mask)
+@pytest.mark.parametrize(("devices", "masked"), [(1, False), (2, True), (4, True), (8, False), (8, True)])
+def test_on_devices_blocks_stay_where_they_are_and_statistics_are_merged(devices, masked):
+    params, x, weights, _ = eight.problem()
+    # Of each block three values count, of the first none; a gradient through one value alone is 300-fold rounding.
+    rows = np.arange(eight.N)
+    mask = jnp.asarray((rows % 4 < 3) & (rows >= 4))[:, None] if masked else None
     on = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
     def shard(params, x, weights, mask):

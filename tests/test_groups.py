@@ -106,9 +106,11 @@ def test_a_nan_stays_in_its_group():
 
 
 def test_blocks_on_devices_merge_their_statistics_within_the_group():
-    params, x, weights, mask = problem(mask="unequal masks")
-    got = in_shard_map(GROUPS["unequal"], params, x, weights, mask, ghost_size=2)
-    assert_close(got, each_alone(GROUPS["unequal"], params, x, weights, mask, ghost_size=2), 2e-6)
+    params, x, weights, _ = problem()
+    # Of each block three values count, of the first none; a gradient through one value alone is 300-fold rounding.
+    mask = jnp.asarray((np.arange(N) % 4 < 3) & (np.arange(N) >= 4))[:, None]
+    got = in_shard_map(GROUPS["unequal"], params, x, weights, mask, ghost_size=4)
+    assert_close(got, each_alone(GROUPS["unequal"], params, x, weights, mask, ghost_size=4), 2e-6)
 
 
 def test_renormalization_is_by_the_statistics_of_the_group():
