@@ -1,4 +1,4 @@
-"""Pictures of training runs and of what batch norm does inside a network. Needs matplotlib."""
+"""Pictures of training runs and of the values in a layer."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,10 +8,10 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_activations", "plot_curves"]
+__all__ = ["COLOURS", "new_figure", "plot_activations", "plot_curves"]
 
 # Okabe and Ito 2008: apart for every kind of colour vision. A line style beside each, for grey prints.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _LINES = ("-", "--", "-.", ":")
 
 
@@ -35,13 +35,13 @@ def plot_curves(runs: Mapping[str, Mapping[str, Any]]) -> "Figure":
         ['step', 'epoch']
     """
     _some("runs", runs)
-    figure = _figure(10, 4)
+    figure = new_figure(10, 4)
     losses, accuracies = figure.subplots(1, 2)
     for i, (name, run) in enumerate(runs.items()):
-        style = {"color": _COLOURS[i % 4], "linestyle": _LINES[i % 4]}
+        style = {"color": COLOURS[i % 4], "linestyle": _LINES[i % 4]}
         loss = np.asarray(run["loss"], np.float64)
         steps = np.arange(1, len(loss) + 1)
-        losses.plot(steps, loss, color=_COLOURS[i % 4], alpha=0.25, linewidth=0.8)
+        losses.plot(steps, loss, color=COLOURS[i % 4], alpha=0.25, linewidth=0.8)
         window = max(1, min(10, len(loss)))
         means = np.convolve(loss, np.ones(window) / window, "valid")
         losses.plot(steps[window - 1 :], means, label=name, linewidth=2, **style)
@@ -86,7 +86,7 @@ def plot_activations(values: Mapping[str, Any], *, title: str | None = None) -> 
         Ioffe & Szegedy 2015, figure 1 (b, c).
     """
     _some("values", values)
-    colour = _COLOURS[0]
+    colour = COLOURS[0]
     arrays = {name: np.asarray(array).astype(np.float64) for name, array in values.items()}
     for name, array in arrays.items():
         if array.ndim != 2 or not array.size:
@@ -94,7 +94,7 @@ def plot_activations(values: Mapping[str, Any], *, title: str | None = None) -> 
                 f"values: got shape {array.shape} for {name!r}; expected (N, C), examples by units, not empty; "
                 f"reshape it."
             )
-    figure = _figure(max(5, 3.6 * len(arrays)), 5.6)
+    figure = new_figure(max(5, 3.6 * len(arrays)), 5.6)
     grid = figure.subplots(2, len(arrays), squeeze=False, sharey="row", sharex="row")
     ends = [np.percentile(array[np.isfinite(array)], (0.5, 99.5)) for array in arrays.values() if _seen(array)]
     low, high = (min(end[0] for end in ends), max(end[1] for end in ends)) if ends else (0, 0)
@@ -146,7 +146,7 @@ def _some(name: str, values: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: got nothing to draw; expected at least one entry; pass name → values.")
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """A figure of its own, not one of pyplot's: no global state, and no window system needed."""
     from matplotlib.figure import Figure
 
