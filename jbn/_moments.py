@@ -86,19 +86,25 @@ def _about_zero_or_mean(reduce_axes, x, mask, share):
     for (part, kept), power in zip(separate(((x, weight),) * 2), (lambda v: v, lax.square), strict=True):
         values = power(part.astype(share.dtype))
         sums.append(_total(values if kept is None else values * kept.astype(share.dtype), None, reduce_axes))
-    mean, square = (total * share for total in sums)
-    var = square - lax.square(mean)
+    mean, var, square = _from_sums(share, *sums)
     harmless = jnp.max(square - _CANCELLATION * var, initial=-jnp.inf) <= 0  # False for NaN and inf, too
-    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, mean, var)
+    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, *sums)
 
 
-def _as_it_is(x, mask, share, mean, var):
+def _from_sums(share, total, squares):
+    mean, square = total * share, squares * share
+    return mean, square - lax.square(mean), square
+
+
+def _as_it_is(x, mask, share, total, squares):
+    mean, var, _ = _from_sums(share, total, squares)
     return mean, jnp.zeros_like(mean), var
 
 
-def _again(reduce_axes, x, mask, share, mean, var):
-    # Under a mask the raw sums may have met what it hides.
-    return _about_mean(reduce_axes, x, mask, share) if mask is not None else _about(reduce_axes, x, mask, share, mean)
+def _again(reduce_axes, x, mask, share, total, squares):
+    if mask is not None:  # the raw sums may have met what it hides
+        return _about_mean(reduce_axes, x, mask, share)
+    return _about(reduce_axes, x, mask, share, total * share)
 
 
 def _about(reduce_axes, x, mask, share, shift):
