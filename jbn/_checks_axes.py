@@ -141,7 +141,8 @@ def several_values(
     if ghost_size is not None:
         examples = shape[0]
         if examples % ghost_size:
-            divisors = ", ".join(str(n) for n in range(1, examples + 1) if examples % n == 0)
+            known = range(1, examples + 1) if isinstance(examples, int) else ()  # an exported size may be open
+            divisors = ", ".join(str(n) for n in known if examples % n == 0) or "its divisors"
             raise ValueError(
                 f"ghost_size: got {ghost_size}; expected a divisor of the batch of {examples}; use one of {divisors}."
             )

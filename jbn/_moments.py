@@ -86,7 +86,7 @@ def _about_zero_or_mean(reduce_axes, x, mask, share):
     for (part, kept), power in zip(separate(((x, weight),) * 2), (lambda v: v, lax.square), strict=True):
         values = power(part.astype(share.dtype))
         sums.append(_total(values if kept is None else values * kept.astype(share.dtype), None, reduce_axes))
-    mean, var, square = _from_sums(share, *sums)
+    _, var, square = _from_sums(share, *sums)
     harmless = jnp.max(square - _CANCELLATION * var, initial=-jnp.inf) <= 0  # False for NaN and inf, too
     return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, *sums)
 

@@ -77,6 +77,19 @@ def test_the_batch_size_may_stay_open(train):
         assert_equal(read.call(params, state, batch), jax.jit(fn)(params, state, batch))
 
 
+def test_an_open_batch_size_that_ghost_batches_may_not_divide_is_an_error():
+    params, state, *_ = problem()
+
+    def exported(size):
+        x = jax.ShapeDtypeStruct((*export.symbolic_shape(size), 3), jnp.float32)
+        return round_trip(partial(bn_apply, train=True, ghost_size=4), params, state, x)
+
+    with pytest.raises(ValueError, match=r"^ghost_size: got 4; expected a divisor of the batch of n; use one of its"):
+        exported("n")
+    y, _ = exported("4*n").call(params, state, jnp.arange(24.0, dtype=jnp.float32).reshape(8, 3))
+    assert y.shape == (8, 3)
+
+
 def test_one_export_serves_all_platforms():
     params, state, x, _ = problem()
     fn = partial(step, train=True)
