@@ -9,6 +9,8 @@ import typer
 
 from jbn.cli import options
 from jbn.cli.bad_input import BadInput
+from jbn.cli.bench import options as bench_options
+from jbn.cli.bench.options import BenchOptions
 from jbn.cli.options import TrainOptions, choice, fresh_folder, integer, real, sizes
 
 __all__ = ["parse"]
@@ -115,5 +117,28 @@ def train(
 def _train(chosen: TrainOptions) -> None:
     # Imported when the options are known to be good, and where an interrupt is not typer's.
     from jbn.cli.train import run
+
+    run(chosen)
+
+
+@_app.command()
+def bench(
+    shape: Annotated[tuple, _option(bench_options.shape, "INT,INT,…", "Of x.")] = "32,56,56,64",  # type: ignore[assignment]
+    dtype: Annotated[str, _words("--dtype", bench_options.DTYPES, "Of x and y.")] = "float32",
+    axis: Annotated[int, _option(bench_options.axis, "INT", "The feature axis; -1 for NHWC, 1 for NCHW.")] = -1,
+    rounds: Annotated[
+        int, _option(integer("--rounds", 7, 11), "INT", "In which each takes a turn, fewer if time is up.")
+    ] = 11,
+    json: Annotated[bool, typer.Option("--json", help="JSON on a terminal too.")] = False,
+) -> Callable[[], None]:
+    """Time batch norm on this device, beside flax.linen, torch (where installed) and bare copies of x.
+
+    Forward, forward+backward and evaluation, in under a minute.
+    """
+    return partial(_bench, BenchOptions(shape=shape, dtype=dtype, axis=axis, rounds=rounds, json=json))
+
+
+def _bench(chosen: BenchOptions) -> None:
+    from jbn.cli.bench.compare import run
 
     run(chosen)

@@ -1,0 +1,71 @@
+"""The options of ``jbn bench``: what is timed, and whether it can be."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jbn.cli.bad_input import BadInput
+
+__all__ = ["DTYPES", "BenchOptions", "axis", "shape"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What ``jbn bench`` was asked for, in the words of its options."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    axis: int
+    rounds: int
+    json: bool
+
+    def __post_init__(self) -> None:
+        rank = len(self.shape)
+        if not -rank <= self.axis < rank:
+            raise BadInput(
+                f"--axis: got {self.axis} with --shape {self.shown}; expected {-rank} to {rank - 1}; "
+                f"pass the axis of the features, as in --axis -1."
+            )
+        if math.prod(self.shape) < 2 * self.shape[self.axis]:
+            raise BadInput(
+                f"--shape: got {self.shown} with --axis {self.axis}; expected at least 2 values in each channel, "
+                f"since the variance of one is 0; use a larger batch."
+            )
+
+    @property
+    def shown(self) -> str:
+        """The shape, as it is typed."""
+        return ",".join(map(str, self.shape))
+
+    @property
+    def channels(self) -> int:
+        """C, the size of the feature axis."""
+        return self.shape[self.axis]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of x."""
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+
+
+def shape(raw: Any) -> tuple[int, ...]:
+    """A parser for the sizes of x."""
+    try:
+        sizes = tuple(int(size) for size in str(raw).split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise BadInput(
+            f"--shape: got {raw!r}; expected the sizes of x between commas, each at least 1; as in --shape 32,56,56,64."
+        )
+    return sizes
+
+
+def axis(raw: Any) -> int:
+    """A parser for the feature axis; the shape tells whether there is one."""
+    try:
+        return int(str(raw))
+    except ValueError:
+        raise BadInput(f"--axis: got {raw}; expected a whole number; as in --axis -1.") from None
