@@ -1,8 +1,9 @@
-"""The command line: ``jbn train``. The only place in the package that prints.
+"""The command line: ``jbn train`` and ``jbn bench``. The only place in the package that prints.
 
 What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
-``data``, ``network``, ``fit``, ``saving`` and ``interrupt`` the pieces of a run; ``train`` puts them together;
-``display`` shows a run while it goes and when it is done.
+``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``train`` puts
+them together; ``runs`` reads one again, for ``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run
+while it goes, and what came out.
 """
 
 import sys
