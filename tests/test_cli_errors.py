@@ -105,7 +105,7 @@ BAD_DATA = {
     "one class": ({"x": X, "y": 0 * Y}, f"--data: got 1 different labels in y, from 0 to 0; {RENUMBER}"),
     "test label unseen": (
         {"x": X, "y": Y, "x_test": X, "y_test": Y + 1},
-        "--data: got label 2 in y_test; expected labels that occur in y, 0 to 1; number both alike.",
+        "--data: got label 2 in y_test; expected labels of the training set, 0 to 1; number both alike.",
     ),
     "test set of another shape": (
         {"x": X, "y": Y, "x_test": X[:, :1], "y_test": Y},

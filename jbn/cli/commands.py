@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from jbn.cli import options
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench import options as bench_options
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.options import TrainOptions, choice, fresh_folder, integer, real, sizes
+from jbn.cli.options import TrainOptions, choice, fresh_folder, integer, of_network, real, sizes
 
 __all__ = ["parse"]
 
@@ -41,6 +42,15 @@ def _words(option: str, allowed: tuple[str, ...], help_: str) -> Any:
     return _option(choice(option, allowed), "|".join(allowed), help_)
 
 
+def _defaults(name: str) -> str:
+    """What an option is for each network, when it is not given."""
+    values = {network: own[name] for network, own in options.DEFAULTS.items() if name in own}
+    shown = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in values.items()}
+    if len(shown) == 1:
+        return "".join(f"[{network} only; default: {value}]" for network, value in shown.items())
+    return f"[default: {', '.join(f'{value} ({network})' for network, value in shown.items())}]"
+
+
 @_app.callback()
 def _root() -> None:
     """Batch normalization for JAX."""
@@ -48,6 +58,9 @@ def _root() -> None:
 
 @_app.command()
 def train(
+    network: Annotated[
+        str, _words("--network", options.NETWORKS, "Dense layers (mlp), or convolutions with shortcuts (resnet).")
+    ] = "mlp",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -62,13 +75,35 @@ def train(
         bool, typer.Option("--compare/--no-compare", help="Train the same network without batch norm too.")
     ] = True,
     optimizer: Annotated[str, _words("--optimizer", options.OPTIMIZERS, "How to descend.")] = "sgd",
-    lr: Annotated[float, _option(real("--lr", 1.0, open_=True), "FLOAT", "Learning rate.")] = 1.0,
+    lr: Annotated[
+        float | None, _option(real("--lr", 1.0, open_=True), "FLOAT", f"Learning rate.  {_defaults('lr')}")
+    ] = None,
     weight_decay: Annotated[
         float, _option(real("--weight-decay", 1e-4), "FLOAT", "Decoupled; not of γ, β and b.")
     ] = 0.0,
-    hidden: Annotated[tuple, _option(sizes("--hidden"), "INT,INT,…", "Widths of the hidden layers.")] = "128,128,128",  # type: ignore[assignment]
-    activation: Annotated[str, _words("--activation", options.ACTIVATIONS, "Of the hidden layers.")] = "sigmoid",
-    epochs: Annotated[int, _option(integer("--epochs", 1, 30), "INT", "Passes over the training set.")] = 30,
+    hidden: Annotated[
+        tuple | None,
+        _option(
+            sizes("--hidden", "128,128,128", "hidden layer"),
+            "INT,INT,…",
+            f"Widths of the hidden layers.  {_defaults('hidden')}",
+        ),
+    ] = None,
+    widths: Annotated[
+        tuple | None,
+        _option(sizes("--widths", "8,16", "stage"), "INT,INT,…", f"Channels of each stage.  {_defaults('widths')}"),
+    ] = None,
+    blocks: Annotated[
+        int | None, _option(integer("--blocks", 1, 1), "INT", f"Blocks in each stage.  {_defaults('blocks')}")
+    ] = None,
+    activation: Annotated[
+        str | None,
+        _words("--activation", options.ACTIVATIONS, f"Of the hidden layers.  {_defaults('activation')}"),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        _option(integer("--epochs", 1, 30), "INT", f"Passes over the training set.  {_defaults('epochs')}"),
+    ] = None,
     batch_size: Annotated[int, _option(integer("--batch-size", 1, 64), "INT", "Examples a step.")] = 64,
     accumulate: Annotated[
         int, _option(integer("--accumulate", 1, 1), "INT", "Microbatches that a batch is split into.")
@@ -91,27 +126,79 @@ def train(
     """Train a network with and without batch norm, side by side, and show the difference.
 
     The defaults are the network of the paper's figure 1: three hidden layers of sigmoids, trained with
-    plain gradient descent.
+    plain gradient descent. With --network resnet it is a small residual network, for images.
     """
     chosen = TrainOptions(
+        network=network,
         data=data,
         out=fresh_folder("train") if out is None else out,
         norm=norm,
         compare=compare,
         optimizer=optimizer,
-        lr=lr,
         weight_decay=weight_decay,
-        hidden=hidden,
-        activation=activation,
-        epochs=epochs,
         batch_size=batch_size,
         accumulate=accumulate,
         bn_momentum=bn_momentum,
         target_loss=target_loss,
         dtype=dtype,
         seed=seed,
+        **of_network(network, lr=lr, hidden=hidden, widths=widths, blocks=blocks, activation=activation, epochs=epochs),
     )
     return partial(_train, chosen)
+
+
+_RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder that jbn train made.", show_default=False)]
+_Model = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Model file in RUN_DIR.  [default: with.safetensors]")
+]
+_RunData = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE.npz", help="Arrays as for jbn train.  [default: the data of the run]"),
+]
+
+
+@_app.command("inspect")
+def inspect_(
+    run_dir: _RunDir,
+    model: _Model = None,
+    data: _RunData = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="New folder for the pictures.  [default: RUN_DIR]")
+    ] = None,
+) -> Callable[[], None]:
+    """Table and draw the batch norm layers of a run: ranges, dead channels, drift between running and batch."""
+    return partial(_on_run, "inspect", run_dir, model, data, out)
+
+
+@_app.command()
+def calibrate(
+    run_dir: _RunDir,
+    model: _Model = None,
+    data: _RunData = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="New model file.  [default: RUN_DIR/calibrated.safetensors]"),
+    ] = None,
+) -> Callable[[], None]:
+    """Recompute the running statistics of a run as the exact ones of a training set, its weights frozen."""
+    return partial(_on_run, "calibrate", run_dir, model, data, out)
+
+
+@_app.command()
+def fold(
+    run_dir: _RunDir,
+    model: _Model = None,
+    data: _RunData = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New model file.  [default: RUN_DIR/folded.safetensors]")
+    ] = None,
+) -> Callable[[], None]:
+    """Fold the batch norms of a run into the layers next to them: the same outputs from fewer operations."""
+    return partial(_on_run, "fold", run_dir, model, data, out)
+
+
+def _on_run(command: str, *arguments: Path | str | None) -> None:
+    import_module(f"jbn.cli.{command}").run(*arguments)
 
 
 def _train(chosen: TrainOptions) -> None:

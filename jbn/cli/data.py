@@ -11,7 +11,7 @@ import numpy as np
 import jbn
 from jbn.cli.bad_input import BadInput
 
-__all__ = ["Data", "load_data"]
+__all__ = ["Data", "Fitted", "load_data"]
 
 _TEST_SHARE = 0.2
 
@@ -37,13 +37,22 @@ class Data(NamedTuple):
     source: str
 
 
-def load_data(file: Path | None, seed: int, *, flat: bool) -> Data:
+class Fitted(NamedTuple):
+    """What a trained network expects of data: the statistics that standardized its inputs, and its classes."""
+
+    inputs: jbn.BNStats
+    classes: int
+    width: int  # of the inputs, as the first layer takes them
+
+
+def load_data(file: Path | None, seed: int, *, flat: bool, fitted: Fitted | None = None) -> Data:
     """Reads a file, or scikit-learn's digits, splits off a test set if there is none, and standardizes.
 
     Args:
         file: an npz with x, y and optionally x_test, y_test; None for the digits.
         seed: of the split.
         flat: whether images (N, H, W, C) become vectors (N, H·W·C), once they are standardized.
+        fitted: a trained network that has to take the data; they are standardized as its own were.
 
     Vectors are standardized feature by feature; images channel by channel, since a pixel at the border
     that is almost never set would be blown up otherwise.
@@ -52,14 +61,16 @@ def load_data(file: Path | None, seed: int, *, flat: bool) -> Data:
     source = "handwritten digits (scikit-learn)" if file is None else str(file)
     x, y = _examples(arrays, "x"), _labels(arrays, "y")
     _check_pair("x", x, "y", y)
-    classes = _check_classes(y)
+    classes = _check_classes(y) if fitted is None else fitted.classes
+    if fitted is not None:
+        _check_fitted(x, y, fitted, flat)
     if "x_test" in arrays:
         x_test, y_test = _examples(arrays, "x_test"), _labels(arrays, "y_test")
         _check_pair("x_test", x_test, "y_test", y_test)
         _check_test(x, x_test, y_test, classes)
     else:
-        x, x_test, y, y_test = _split(x, y, classes, seed)
-    z, inputs = jbn.normalize_inputs(jnp.asarray(x))
+        x, x_test, y, y_test = _split(x, y, seed)
+    z, inputs = jbn.normalize_inputs(jnp.asarray(x), None if fitted is None else fitted.inputs)
     z_test, _ = jbn.normalize_inputs(jnp.asarray(x_test), inputs)
     for name, values in (("x", z), ("x_test", z_test), ("x", inputs.var)):
         if not bool(jnp.all(jnp.isfinite(values))):
@@ -162,6 +173,26 @@ def _check_classes(y: np.ndarray) -> int:
     return len(found)
 
 
+def _check_fitted(x: np.ndarray, y: np.ndarray, fitted: Fitted, flat: bool) -> None:
+    """Whether a trained network takes these examples and knows these labels."""
+    channels = fitted.inputs.mean.shape[0]
+    width = math.prod(x.shape[1:]) if flat else x.shape[-1]
+    if x.shape[-1] != channels or width != fitted.width or (not flat and x.ndim != 4):
+        of = f"images with {channels} channels"
+        if flat:
+            of = f"{of} and {fitted.width} values" if channels != fitted.width else f"{channels} features"
+        raise BadInput(
+            f"--data: got examples of shape {x.shape[1:]} in x; expected {of}, as the network was trained on; "
+            f"pass data of that kind."
+        )
+    unknown = y[(y < 0) | (y >= fitted.classes)]
+    if len(unknown):
+        raise BadInput(
+            f"--data: got label {unknown[0]} in y; expected 0 to {fitted.classes - 1}, the classes of the network; "
+            f"number them as it was trained."
+        )
+
+
 def _check_test(x: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, classes: int) -> None:
     if x_test.shape[1:] != x.shape[1:]:
         raise BadInput(
@@ -171,16 +202,18 @@ def _check_test(x: np.ndarray, x_test: np.ndarray, y_test: np.ndarray, classes: 
     unseen = y_test[(y_test < 0) | (y_test >= classes)]
     if len(unseen):
         raise BadInput(
-            f"--data: got label {unseen[0]} in y_test; expected labels that occur in y, 0 to {classes - 1}; "
+            f"--data: got label {unseen[0]} in y_test; expected labels of the training set, 0 to {classes - 1}; "
             f"number both alike."
         )
 
 
-def _split(x: np.ndarray, y: np.ndarray, classes: int, seed: int) -> list[np.ndarray]:
+def _split(x: np.ndarray, y: np.ndarray, seed: int) -> list[np.ndarray]:
     """Training and test set with the same share of each class."""
     from sklearn.model_selection import train_test_split
 
-    rarest = int(np.bincount(y).min())
+    counts = np.bincount(y)
+    counts = counts[counts > 0]
+    rarest, classes = int(counts.min()), len(counts)
     tested = max(math.ceil(_TEST_SHARE * len(x)), classes)
     if rarest < 2 or len(x) - tested < classes:
         raise BadInput(

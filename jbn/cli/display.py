@@ -14,7 +14,7 @@ from rich.table import Table
 from jbn.cli.fit import Progress
 from jbn.cli.saving import to_json
 
-__all__ = ["progress", "show"]
+__all__ = ["progress", "show", "show_lines"]
 
 
 @contextmanager
@@ -61,6 +61,11 @@ def show(document: dict[str, Any]) -> None:
     if document["held_equal"]:
         console.print(f"Held equal: {', '.join(document['held_equal'])}.", highlight=False)
     console.print(f"Results in {escape(str(options['out']))}", highlight=False, soft_wrap=True)
+
+
+def show_lines(document: dict[str, Any], lines: Sequence[str]) -> None:
+    """Prints what a command found: lines on a terminal, the document elsewhere."""
+    print("\n".join(lines) if sys.stdout.isatty() else to_json(document))
 
 
 def _rows(target: float, steps: int) -> dict[str, Callable[[dict[str, Any]], str]]:

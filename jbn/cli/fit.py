@@ -14,7 +14,7 @@ from jbn.cli.network import loss_fn
 from jbn.networks import Network
 from jbn.training import TrainState
 
-__all__ = ["Fit", "Progress", "batch_order", "evaluate", "fit"]
+__all__ = ["Fit", "Progress", "batch_order", "evaluate", "fit", "rows_of", "scorer"]
 
 # Steps in one call: enough to hide the call, few enough for a live display of a long epoch.
 _STEPS_A_CALL = 64
@@ -79,7 +79,7 @@ def fit(
     _, steps, batch_size = order.shape
     length = min(_STEPS_A_CALL, steps)
     call, compile_s = _compiled(step, length, start, data, jnp.zeros((length, batch_size), jnp.int32))
-    score = jax.jit(_score(network))
+    score = scorer(network)
     train_state, losses, skipped, times = start, [], [], []
     names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
     epochs: dict[str, list[float]] = {name: [] for name in names}
@@ -97,8 +97,8 @@ def fit(
             seen = epochs["test_accuracy"]
             report(Progress(len(rows), float(losses[-1].mean()), seen[-1] if seen else None))
         results = [
-            *evaluate(score, train_state, data.x, data.y),
-            *evaluate(score, train_state, data.x_test, data.y_test),
+            *evaluate(score, train_state.params, train_state.bn_state, data.x, data.y),
+            *evaluate(score, train_state.params, train_state.bn_state, data.x_test, data.y_test),
         ]
         for name, value in zip(names, results, strict=True):
             epochs[name].append(value)
@@ -114,23 +114,30 @@ def fit(
     )
 
 
-def evaluate(score: Callable[..., Any], train_state: TrainState, x: Any, y: Any) -> tuple[float, float]:
+def evaluate(score: Callable[..., Any], params: Any, state: Any, x: Any, y: Any) -> tuple[float, float]:
     """Mean loss and accuracy over a whole set, with running statistics."""
     loss = correct = 0.0
-    for i in range(0, len(x), _ROWS_A_CALL):
-        rows = slice(i, i + _ROWS_A_CALL)
-        mean_loss, right = score(train_state.params, train_state.bn_state, x[rows], y[rows])
-        loss += float(mean_loss) * len(x[rows])
+    for some_x, some_y in zip(rows_of(x), rows_of(y), strict=True):
+        mean_loss, right = score(params, state, some_x, some_y)
+        loss += float(mean_loss) * len(some_x)
         correct += int(right)
     return loss / len(x), correct / len(x)
 
 
-def _score(network: Network) -> Callable[..., Any]:
+def rows_of(values: Any) -> Iterator[Any]:
+    """The rows of a set, as many at a time as fit an evaluation."""
+    for i in range(0, len(values), _ROWS_A_CALL):
+        yield values[i : i + _ROWS_A_CALL]
+
+
+def scorer(network: Network) -> Callable[..., Any]:
+    """``score(params, state, x, y)``: mean loss and number of right answers, with running statistics."""
+
     def score(params, state, x, y):
         outputs, _ = network.apply(params, state, x, train=False)
         return loss_fn(outputs, y), jnp.sum(jnp.argmax(outputs, axis=-1).astype(y.dtype) == y)
 
-    return score
+    return jax.jit(score)
 
 
 def _calls(epoch: np.ndarray, length: int) -> Iterator[np.ndarray]:

@@ -1,5 +1,7 @@
 """What describes a network in a saved file, and the network, loss and optimizer that it stands for."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,20 +10,21 @@ import optax
 
 import jbn
 from jbn.cli.options import TrainOptions
-from jbn.networks import Network, mlp
+from jbn.networks import Network, mlp, resnet
 
-__all__ = ["NetworkSpec", "activation_of", "build", "loss_fn", "make_optimizer"]
+__all__ = ["NetworkSpec", "activation_of", "build", "loss_fn", "make_optimizer", "maker"]
 
 
 class NetworkSpec(NamedTuple):
     """All that is needed to build a network again; plain values, as JSON holds them.
 
     Attributes:
-        network: which kind; "mlp".
-        sizes: (in, hidden, …, out).
+        network: which kind, "mlp" or "resnet".
+        sizes: (in, hidden, …, out); for a resnet (channels of the images, those of each stage, …, out).
         norm: "z", "a" or None.
         activation: its name in `jax.nn`.
         dtype: of the computation.
+        blocks: in each stage of a resnet; 0 for an mlp.
     """
 
     network: str
@@ -29,11 +32,23 @@ class NetworkSpec(NamedTuple):
     norm: str | None
     activation: str
     dtype: str
+    blocks: int = 0
 
 
 def build(spec: NetworkSpec) -> Network:
     """The network that a spec describes."""
-    return mlp(spec.sizes, norm=spec.norm, activation=activation_of(spec.activation), dtype=jnp.dtype(spec.dtype))
+    return maker(spec)()
+
+
+def maker(spec: NetworkSpec) -> Callable[..., Network]:
+    """What makes the network that a spec describes, with room for more arguments."""
+    common = {"norm": spec.norm, "activation": activation_of(spec.activation), "dtype": jnp.dtype(spec.dtype)}
+    if spec.network == "mlp":
+        return partial(mlp, spec.sizes, **common)
+    if spec.network != "resnet":
+        raise ValueError(f"network: got {spec.network!r}; expected mlp or resnet; read it with the jbn that wrote it.")
+    channels, *widths, classes = spec.sizes
+    return partial(resnet, classes, in_channels=channels, widths=widths, blocks=spec.blocks, **common)
 
 
 def activation_of(name: str) -> Any:

@@ -11,27 +11,45 @@ from jbn.cli.bad_input import BadInput
 
 __all__ = [
     "ACTIVATIONS",
+    "DEFAULTS",
     "DTYPES",
+    "NETWORKS",
     "NORMS",
     "OPTIMIZERS",
     "TrainOptions",
     "choice",
     "fresh_folder",
     "integer",
+    "of_network",
     "real",
     "sizes",
 ]
 
+NETWORKS = ("mlp", "resnet")
 NORMS = ("z", "a", "none")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
 DTYPES = ("float32", "bfloat16")
 
 
+# What the options are that were not given. Those of the other network have no meaning.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mlp": {"hidden": (128, 128, 128), "activation": "sigmoid", "lr": 1.0, "epochs": 30},
+    "resnet": {"widths": (8, 16), "blocks": 1, "activation": "relu", "lr": 0.3, "epochs": 15},
+}
+# Options that only one network has, and where to look instead.
+_OWN = {
+    "hidden": ("mlp", "leave it out, or pass --widths and --blocks"),
+    "widths": ("resnet", "leave it out, or pass --hidden"),
+    "blocks": ("resnet", "leave it out, or pass --hidden"),
+}
+
+
 @dataclass(frozen=True)
 class TrainOptions:
-    """What ``jbn train`` was asked for, in the words of its options."""
+    """What ``jbn train`` was asked for, in the words of its options; None for what its network does not have."""
 
+    network: str
     data: Path | None
     out: Path
     norm: str
@@ -39,7 +57,9 @@ class TrainOptions:
     optimizer: str
     lr: float
     weight_decay: float
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...] | None
+    widths: tuple[int, ...] | None
+    blocks: int | None
     activation: str
     epochs: int
     batch_size: int
@@ -50,6 +70,11 @@ class TrainOptions:
     seed: int
 
     def __post_init__(self) -> None:
+        if self.network == "resnet" and self.norm == "a":
+            raise BadInput(
+                "--norm: got a with --network resnet; expected z or none; a residual network normalizes before "
+                "the activation, as in --norm z."
+            )
         if self.batch_size % self.accumulate:
             raise BadInput(
                 f"--accumulate: got {self.accumulate}; expected a divisor of --batch-size {self.batch_size}; "
@@ -60,6 +85,14 @@ class TrainOptions:
                 f"--batch-size: got {self.batch_size} with --accumulate {self.accumulate}; expected at least "
                 f"2 examples in a microbatch, since the variance of one is 0; use a larger --batch-size."
             )
+
+
+def of_network(network: str, **given: Any) -> dict[str, Any]:
+    """The options whose default is the network's own: those given, the others filled in."""
+    for name, (owner, advice) in _OWN.items():
+        if network != owner and given[name] is not None:
+            raise BadInput(f"--{name}: got it with --network {network}; expected --network {owner}; {advice}.")
+    return {name: DEFAULTS[network].get(name) if value is None else value for name, value in given.items()}
 
 
 def fresh_folder(command: str) -> Path:
@@ -119,8 +152,8 @@ def real(
     return parse
 
 
-def sizes(option: str) -> Callable[[Any], tuple[int, ...]]:
-    """A parser for layer widths between commas."""
+def sizes(option: str, example: str, each: str) -> Callable[[Any], tuple[int, ...]]:
+    """A parser for widths between commas."""
 
     def parse(raw: Any) -> tuple[int, ...]:
         try:
@@ -129,8 +162,8 @@ def sizes(option: str) -> Callable[[Any], tuple[int, ...]]:
             widths = ()
         if not widths or min(widths) < 1:
             raise BadInput(
-                f"{option}: got {raw!r}; expected widths of at least 1 between commas, one a hidden layer; "
-                f"as in {option} 128,128,128."
+                f"{option}: got {raw!r}; expected widths of at least 1 between commas, one a {each}; "
+                f"as in {option} {example}."
             )
         return widths
 

@@ -18,7 +18,7 @@ import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.network import NetworkSpec, build
 
-__all__ = ["load_model", "new_folder", "save_model", "to_json"]
+__all__ = ["load_model", "new_file", "new_folder", "replaced_files", "save_model", "to_json"]
 
 
 @contextmanager
@@ -57,6 +57,52 @@ def new_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """Gives a file to write, which becomes ``file`` at the end, or vanishes when anything fails.
+
+    As with `new_folder`, what cannot be written fails before the work. What is there already stays.
+    """
+    with _beside(file.absolute().parent, f"--out: got {file}", "expected a new file", "choose another FILE") as work:
+        _refuse_taken(file)
+        yield work / file.name
+        _refuse_taken(file)
+        os.rename(work / file.name, file)
+
+
+@contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into; its files move to ``folder`` at the end, over older ones of their names."""
+    with _beside(folder, f"RUN_DIR: got {folder}", "expected a folder", "pass --out DIR") as work:
+        yield work
+        for made in sorted(work.iterdir()):
+            os.replace(made, folder / made.name)
+
+
+@contextmanager
+def _beside(folder: Path, got: str, expected: str, advice: str) -> Iterator[Path]:
+    """A folder to work in on the same file system, which is gone afterwards."""
+    hidden = None
+    try:
+        hidden = Path(tempfile.mkdtemp(prefix=".jbn-", dir=folder))
+        yield hidden
+    except OSError as error:
+        raise BadInput(
+            f"{got} ({error.strerror or error}); {expected} in a place that can be written to; {advice}."
+        ) from error
+    finally:
+        if hidden is not None:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _refuse_taken(file: Path) -> None:
+    if os.path.lexists(file):
+        raise BadInput(
+            f"--out: got {file}, which exists already; expected a new file, so that nothing is lost; "
+            f"choose another FILE."
+        )
+
+
 def to_json(document: Any) -> str:
     """JSON in which what is not finite is null, since JSON has no other word for it."""
     return json.dumps(_plain(document), indent=1, allow_nan=False, ensure_ascii=False)
@@ -88,22 +134,42 @@ def save_model(file: Path, spec: NetworkSpec, params: Any, state: Any, inputs: j
 
 
 def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
-    """Reads what `save_model` wrote: ``(spec, params, state, inputs)``."""
-    from safetensors import safe_open
+    """Reads what `save_model` wrote: ``(spec, params, state, inputs)``; a line about what is wrong otherwise."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(file, framework="numpy") as opened:
-        fields = json.loads(opened.metadata()["network"])
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    spec = NetworkSpec(**{**fields, "sizes": tuple(fields["sizes"])})
-    params, state = jax.eval_shape(build(spec).init, jax.random.key(0))
-    blank = jbn.BNStats(0, 0, 0)  # type: ignore[arg-type]
-    named, treedef = _named({"params": params, "state": state, "inputs": blank})
-    names = [name for name, _ in named]
-    if set(names) != set(tensors):
-        differ = ", ".join(sorted(set(names) ^ set(tensors)))
-        raise BadInput(f"{file}: got a model that differs in {differ}; expected one that jbn saved; save it again.")
-    tree = jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in names])
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise _unreadable(file, error.strerror or "not readable") from None
+    except (SafetensorError, TypeError):  # TypeError: a dtype that NumPy does not have
+        raise _unreadable(file, "damaged, or no safetensors file") from None
+    try:
+        fields = json.loads(metadata["network"])
+        spec = NetworkSpec(**{**fields, "sizes": tuple(fields["sizes"])})
+        params, state = jax.eval_shape(build(spec).init, jax.random.key(0))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _unreadable(file, "it does not say which network it holds") from None
+    channels = np.shape(tensors.get("inputs/mean", ()))
+    inputs = jbn.BNStats(*(jax.ShapeDtypeStruct(channels, jnp.float32) for _ in range(3)))  # type: ignore[arg-type]
+    named, treedef = _named({"params": params, "state": state, "inputs": inputs})
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in named}
+    got = {name: (array.shape, array.dtype) for name, array in tensors.items()}
+    differ = [name for name in sorted({*wanted, *got}) if wanted.get(name) != got.get(name)]
+    if differ or len(channels) != 1:
+        raise _unreadable(file, f"not the arrays of its network: {', '.join(differ[:3] or ['inputs/mean'])}")
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise _unreadable(file, f"values in {name} are not finite")
+    tree = jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in wanted])
     return spec, tree["params"], tree["state"], tree["inputs"]
+
+
+def _unreadable(file: Path, reason: str) -> BadInput:
+    return BadInput(
+        f"{file}: got a model file that cannot be used ({reason}); expected one that jbn saved; train it again."
+    )
 
 
 def _named(tree: Any) -> tuple[list[tuple[str, Any]], Any]:

@@ -1,5 +1,6 @@
 """``jbn train``: the same network with and without batch norm, on the same data, side by side."""
 
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,25 +15,27 @@ import numpy as np
 import jbn
 from jbn import report
 from jbn.cli import display
+from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, load_data
 from jbn.cli.fit import Fit, Progress, batch_order, fit
 from jbn.cli.interrupt import interrupts
-from jbn.cli.network import NetworkSpec, activation_of, build, loss_fn, make_optimizer
+from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
 from jbn.cli.saving import new_folder, save_model, to_json
-from jbn.networks import mlp
 from jbn.training import TrainState, make_train_step
 
 __all__ = ["run"]
 
-# Examples in the picture of the activations.
-_PICTURED = 2000
-
 
 def run(options: TrainOptions) -> None:
     """Trains, compares, and leaves the results in ``options.out``."""
-    data = load_data(options.data, options.seed, flat=True)
+    data = load_data(options.data, options.seed, flat=options.network == "mlp")
+    if options.network == "resnet" and data.x.ndim != 4:
+        raise BadInput(
+            f"--network: got resnet with {data.x.shape[1]} features an example; expected images, x of shape "
+            f"(N, H, W) or (N, H, W, C); reshape x, or pass --network mlp."
+        )
     if options.batch_size > len(data.x):
         raise BadInput(
             f"--batch-size: got {options.batch_size}; expected at most {len(data.x)}, the size of the "
@@ -92,9 +95,11 @@ def _save(
         for name, done in fits.items()
     }
     report.plot_curves(curves).savefig(folder / "curves.png")
-    layers = len(document["options"]["hidden"])
-    title = f"hidden layer {layers} of {layers}, test examples, after training"
-    values = _activations(specs, fits, data)
+    values: dict[str, Any] = {}
+    for name, done in fits.items():
+        values |= of_one_layer(specs[name], done.params, done.state, data.x_test)
+    _, _, layer = last_layer(next(iter(specs.values())))
+    title = f"{layer}, test examples, after training"
     report.plot_activations(values, title=title).savefig(folder / "activations.png")
     for name, done in fits.items():
         save_model(folder / f"{name}.safetensors", specs[name], done.params, done.state, data.inputs)
@@ -106,13 +111,17 @@ def _save(
 
 def _specs(options: TrainOptions, data: Data) -> dict[str, NetworkSpec]:
     """The networks to train, by name: with batch norm and without it."""
-    shape = (data.x.shape[1], *options.hidden, data.classes)
+    inner = options.widths if options.network == "resnet" else options.hidden
+    shape = (data.x.shape[-1], *(inner or ()), data.classes)
+    kind, blocks = options.network, options.blocks or 0
     norms = {"with": options.norm, "without": None}
     if options.norm == "none":
         norms = {"without": None}
     elif not options.compare:
         norms = {"with": options.norm}
-    return {name: NetworkSpec("mlp", shape, norm, options.activation, options.dtype) for name, norm in norms.items()}
+    return {
+        name: NetworkSpec(kind, shape, norm, options.activation, options.dtype, blocks) for name, norm in norms.items()
+    }
 
 
 def _document(
@@ -136,7 +145,7 @@ def _document(
         "source": data.source,
         "train": len(data.x),
         "test": len(data.x_test),
-        "features": data.x.shape[1],
+        "features": math.prod(data.x.shape[1:]),
         "classes": data.classes,
     }
     packages = ("jax", "jaxlib", "optax", "numpy")
@@ -156,35 +165,15 @@ def _held_equal(starts: list[TrainState]) -> list[str]:
     """What the runs have in common; the initial weights are looked at, the rest is one object for both."""
     if len(starts) < 2:
         return []
-    weights = [[(layer["W"], layer["b"]) for layer in start.params] for start in starts]
-    same = all(
-        jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), weights[0], other)) for other in weights[1:]
-    )
-    initial = ["initial W and b"] if same else []
+    weights = [_weights(start.params) for start in starts]
+    shared = set.intersection(*map(set, weights))
+    same = all(bool(jnp.array_equal(own[path], weights[0][path])) for own in weights for path in shared)
+    # Where one network has a norm in the place of some b, only W is left to compare.
+    initial = ["initial W and b" if all(set(own) == shared for own in weights) else "initial W"] if same else []
     return ["data", "order of batches", *initial, "optimizer", "learning rate", "number of steps"]
 
 
-def _activations(specs: dict[str, NetworkSpec], fits: dict[str, Fit], data: Data) -> dict[str, Any]:
-    """What the last hidden layer holds for test examples, after training: name → (N, C)."""
-    x = data.x_test[:_PICTURED]
-    values: dict[str, Any] = {}
-    for name, done in fits.items():
-        spec = specs[name]
-        depth = len(spec.sizes) - 2
-        # A network that ends in this layer gives its z: the last layer has neither norm nor activation.
-        head = mlp(
-            spec.sizes[: depth + 1],
-            norm=spec.norm,
-            activation=activation_of(spec.activation),
-            dtype=jnp.dtype(spec.dtype),
-        )
-        z, _ = head.apply(done.params[:depth], done.state[:depth], x, train=False)
-        if spec.norm is None:
-            values["without batch norm: z"] = z
-            continue
-        before, symbol = (z, "z") if spec.norm == "z" else (activation_of(spec.activation)(z), "a")
-        last = depth - 1
-        after, _ = jbn.bn_apply(done.params[last]["bn"], done.state[last], before, train=False)
-        values[f"with batch norm: {symbol} before it"] = before
-        values[f"with batch norm: {symbol} after it"] = after
-    return values
+def _weights(params: Any) -> dict[str, Any]:
+    """Every W and b, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, jbn.BNParams))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if not isinstance(leaf, jbn.BNParams)}

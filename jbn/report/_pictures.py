@@ -50,6 +50,7 @@ def plot_curves(runs: Mapping[str, Mapping[str, Any]]) -> "Figure":
         accuracies.plot(np.arange(1, len(accuracy) + 1), 100 * accuracy, label=name, linewidth=2, **style)
     losses.set(title="training loss (mini-batch; thick: mean of 10)", xlabel="step", ylabel="cross-entropy (nats)")
     losses.set_yscale("log")
+    accuracies.locator_params("x", integer=True)
     accuracies.set(title="test accuracy", xlabel="epoch", ylabel="accuracy (%)")
     for axes in (losses, accuracies):
         axes.grid(alpha=0.3)
@@ -114,6 +115,7 @@ def plot_activations(values: Mapping[str, Any], *, title: str | None = None) -> 
         below.plot(units, half, color=colour, linewidth=2, label="median")
         below.axhline(0, color="black", linewidth=0.6)
         below.set(xlabel="unit, in order of its median")
+        below.locator_params("x", integer=True)
     grid[1, 0].legend(frameon=False, loc="upper left")
     grid[0, 0].set_ylabel("density over all units")
     grid[1, 0].set_ylabel("value")

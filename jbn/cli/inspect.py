@@ -1,0 +1,72 @@
+"""``jbn inspect``: the batch norm layers of a saved run as a table and in pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jbn import report
+from jbn.cli import display
+from jbn.cli.activations import last_layer, of_one_layer
+from jbn.cli.bad_input import BadInput
+from jbn.cli.data import Data
+from jbn.cli.fit import batch_order
+from jbn.cli.network import build
+from jbn.cli.runs import Run, accuracy, load_run
+from jbn.cli.saving import new_folder, replaced_files
+
+__all__ = ["run"]
+
+
+def run(folder: Path, model: str | None, file: Path | None, out: Path | None) -> None:
+    """Prints the table, and draws into ``out``, or into the folder of the run."""
+    made = load_run(folder, model)
+    data = made.data(file)
+    network = build(made.spec)
+    # The first batch of the run, as it was shuffled.
+    size = min(made.options["batch_size"], len(data.x))
+    if size < 2:
+        raise BadInput("--data: got a training set of 1 example; expected at least 2; add examples.")
+    rows = jnp.asarray(batch_order(len(data.x), size, 1, made.options["seed"])[0, 0])
+    _, stats = network.apply(made.params, made.state, data.x[rows], train=True)
+    table = report.summary(made.params, made.state, stats)
+    with replaced_files(folder) if out is None else new_folder(out) as place:
+        pictures = _draw(place, made, stats, data)
+    document: dict[str, Any] = {
+        "run": folder,
+        "model": made.file.name,
+        "network": made.spec._asdict(),
+        "data": {"source": data.source, "train": len(data.x), "test": len(data.x_test), "batch": size},
+        "test_accuracy": accuracy(network, made.params, made.state, data),
+        "eps": table.eps,
+        "layers": [row._asdict() for row in table.rows],
+        "pictures": [(folder if out is None else out) / name for name in pictures],
+    }
+    lines = [
+        f"{made.file}: {_described(made)}",
+        f"{data.source}: test accuracy {document['test_accuracy']:.2%}; batch B: {size} training examples",
+        "",
+        str(table),
+        "",
+        "Pictures: " + ", ".join(map(str, document["pictures"])),
+    ]
+    display.show_lines(document, lines)
+
+
+def _draw(place: Path, made: Run, stats: Any, data: Data) -> list[str]:
+    """The pictures, named after the model."""
+    values = of_one_layer(made.spec, made.params, made.state, data.x_test)
+    figures = {
+        "statistics": report.plot_statistics(made.state, stats),
+        "activations": report.plot_activations(values, title=f"{last_layer(made.spec)[2]}, test examples"),
+    }
+    names = {kind: f"{made.file.stem}-{kind}.png" for kind in figures}
+    for kind, figure in figures.items():
+        figure.savefig(place / names[kind])
+    return list(names.values())
+
+
+def _described(made: Run) -> str:
+    spec = made.spec
+    where = {"z": "before", "a": "after"}[spec.norm or "z"]
+    return f"{spec.network} {'–'.join(map(str, spec.sizes))}, batch norm {where} {spec.activation}"
