@@ -167,9 +167,7 @@ def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
 
 
 def _unreadable(file: Path, reason: str) -> BadInput:
-    return BadInput(
-        f"{file}: got a model file that cannot be used ({reason}); expected one that jbn saved; train it again."
-    )
+    return BadInput(f"--model: got {file} ({reason}); expected a model file that jbn saved; train it again.")
 
 
 def _named(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
