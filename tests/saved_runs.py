@@ -1,0 +1,71 @@
+"""Small runs of ``jbn train`` for the tests of what is done with them, and their mlp in NumPy."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from jbn.cli import main
+
+CLASSES = 3
+
+
+def images(seed, n=60):
+    """Noise with a bright row at the height of the class."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % CLASSES
+    x = rng.normal(3, 0.5, (n, 6, 4, 2))
+    x[np.arange(n), 2 * y] += 2
+    return {"x": x, "y": y}
+
+
+def call(capsys, *arguments):
+    """What a good command prints, parsed."""
+    code = main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    assert (code, printed.err) == (0, "")
+    return json.loads(printed.out)
+
+
+def trained(folder, *arguments):
+    np.savez(folder / "data.npz", **images(0))
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        command = ["train", "--data", folder / "data.npz", "--batch-size", 16, "--out", folder / "run", *arguments]
+        assert main(list(map(str, command))) == 0
+    return folder, json.loads(out.getvalue())
+
+
+def trained_mlp(folder):
+    """With the norm after the activation, and the statistics of each batch forgotten slowly."""
+    options = ("--norm", "a", "--no-compare", "--hidden", "7,5", "--activation", "tanh", "--epochs", 3)
+    return trained(folder, *options, "--lr", 0.3, "--bn-momentum", 0.99)
+
+
+def split(seed=0):
+    """Training and test set as the run splits them."""
+    from sklearn.model_selection import train_test_split
+
+    x, y = images(0).values()
+    return train_test_split(x.astype(np.float32), y, test_size=12, stratify=y, random_state=seed)
+
+
+def standardized(x, inputs):
+    return ((x - np.asarray(inputs.mean)) / np.sqrt(np.asarray(inputs.var, np.float64))).reshape(len(x), -1)
+
+
+def forward(params, state, z):
+    """The mlp of `mlp_run` in NumPy, and what its first norm is given."""
+    a, first = z, None
+    for i, layer in enumerate(params):
+        a = a @ np.asarray(layer["W"], np.float64) + np.asarray(layer["b"])
+        if i == len(params) - 1:
+            return a, first
+        a = np.tanh(a)
+        first = a if first is None else first
+        if layer["bn"] is not None:
+            a = (a - state[i].mean) / np.sqrt(np.asarray(state[i].var, np.float64) + 1e-5)
+            a = np.asarray(layer["bn"].gamma) * a + np.asarray(layer["bn"].beta)
