@@ -166,7 +166,10 @@ def inspect_(
         Path | None, typer.Option(metavar="DIR", help="New folder for the pictures.  [default: RUN_DIR]")
     ] = None,
 ) -> Callable[[], None]:
-    """Table and draw the batch norm layers of a run: ranges, dead channels, drift between running and batch."""
+    """Show the batch norm layers of a run, in a table and pictures.
+
+    Ranges of γ, β and the running statistics, dead channels, drift between running and batch statistics.
+    """
     return partial(_on_run, "inspect", run_dir, model, data, out)
 
 
@@ -180,7 +183,10 @@ def calibrate(
         typer.Option(metavar="FILE", help="New model file.  [default: RUN_DIR/calibrated.safetensors]"),
     ] = None,
 ) -> Callable[[], None]:
-    """Recompute the running statistics of a run as the exact ones of a training set, its weights frozen."""
+    """Recompute the running statistics of a run, weights frozen.
+
+    They become the exact ones of the training set, in a new model file.
+    """
     return partial(_on_run, "calibrate", run_dir, model, data, out)
 
 
@@ -193,7 +199,10 @@ def fold(
         Path | None, typer.Option(metavar="FILE", help="New model file.  [default: RUN_DIR/folded.safetensors]")
     ] = None,
 ) -> Callable[[], None]:
-    """Fold the batch norms of a run into the layers next to them: the same outputs from fewer operations."""
+    """Fold the batch norms of a run into its other layers.
+
+    The same outputs from fewer operations, for inference, in a new model file.
+    """
     return partial(_on_run, "fold", run_dir, model, data, out)
 
 
