@@ -110,8 +110,8 @@ def _again(reduce_axes, x, mask, share, total, squares):
 def _about(reduce_axes, x, mask, share, shift):
     """μ in two parts and σ², by sums about ``shift``; scaled first, so their range is that of σ²."""
     shift = jnp.where(jnp.isfinite(shift), shift, 0)
-    (x1, mask1, shift1, share1), (x2, mask2, shift2, _) = separate(((x, mask, shift, share),) * 2)
-    first = (x1.astype(share.dtype) - lax.expand_dims(shift1, reduce_axes)) * lax.expand_dims(share1, reduce_axes)
+    (x1, mask1, shift1), (x2, mask2, shift2) = separate(((x, mask, shift),) * 2)
+    first = (x1.astype(share.dtype) - lax.expand_dims(shift1, reduce_axes)) * lax.expand_dims(share, reduce_axes)
     second = (x2.astype(share.dtype) - lax.expand_dims(shift2, reduce_axes)) / 4
     delta = _total(first, mask1, reduce_axes)
     square = 16 * (_total(lax.square(second), mask2, reduce_axes) * share)

@@ -108,7 +108,7 @@ def _rule(layout, primals, tangents):
         half_var_dot, mean_dot = (v / jnp.maximum(moments.count, 1) for v in sums)
     else:
         half_var_dot = mean_dot = jnp.zeros_like(mean)
-    coefficients = (gamma_dot - scale * (r * (half_var_dot + eps_dot / 2)), beta_dot - scale * mean_dot)
+    coefficients: Any = (gamma_dot - scale * (r * (half_var_dot + eps_dot / 2)), beta_dot - scale * mean_dot)
     if any(varying_axes(x) - varying_axes(v) for v in coefficients):
         # Once for both: transposed, one collective.
         coefficients = to_varying(jnp.stack(coefficients), varying_axes(x))
