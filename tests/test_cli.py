@@ -181,7 +181,7 @@ class TestOptions:
         assert main(["train", "--help"]) == 0
         shown = capsys.readouterr().out
         options = (
-            "data norm compare no-compare optimizer lr weight-decay hidden activation epochs batch-size "
+            "network data norm compare no-compare optimizer lr weight-decay hidden widths blocks activation epochs batch-size "
             "accumulate bn-momentum dtype seed out"
         )
         for option in options.split():
