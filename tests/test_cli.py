@@ -181,8 +181,8 @@ class TestOptions:
         assert main(["train", "--help"]) == 0
         shown = capsys.readouterr().out
         options = (
-            "network data norm compare no-compare optimizer lr weight-decay hidden widths blocks activation epochs batch-size "
-            "accumulate bn-momentum dtype seed out"
+            "network data norm compare no-compare optimizer lr weight-decay hidden widths blocks activation epochs "
+            "batch-size accumulate bn-momentum dtype seed out"
         )
         for option in options.split():
             assert f"--{option}" in shown
