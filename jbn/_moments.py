@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._checks_axes import as_stack_axis
-from jbn._named_axes import Groups, all_gather, axis_total, gather_group, psum, separate
+from jbn._named_axes import Groups, all_gather, axis_total, gather_group, psum, select, separate
 from jbn._pytrees import BNStats, map_nodes
 
 __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_over_devices"]
@@ -62,7 +62,7 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
 
 def _about_mean(reduce_axes, x, mask, share):
     """Two reads: the mean, and sums about it."""
-    return _about(reduce_axes, x, mask, share, _total(x.astype(share.dtype), mask, reduce_axes) * share)
+    return _about(reduce_axes, x, mask, share, jnp.sum(_shown(x.astype(share.dtype), mask), reduce_axes) * share)
 
 
 def _about_sample(reduce_axes, x, mask, share):
@@ -81,11 +81,9 @@ def _about_zero_or_mean(reduce_axes, x, mask, share):
     A mask multiplies, since XLA:CPU writes a selection to memory before it sums it; a masked value that
     is not finite then shows in the sum, as any other does.
     """
-    weight = None if mask is None else mask.astype(jnp.uint8)
     sums = []
-    for (part, kept), power in zip(separate(((x, weight),) * 2), (lambda v: v, lax.square), strict=True):
-        values = power(part.astype(share.dtype))
-        sums.append(_total(values if kept is None else values * kept.astype(share.dtype), None, reduce_axes))
+    for (part, kept), power in zip(separate(((x, _weight(mask)),) * 2), (lambda v: v, lax.square), strict=True):
+        sums.append(jnp.sum(power(_shown(part.astype(share.dtype), kept)), reduce_axes))
     _, var, square = _from_sums(share, *sums)
     harmless = jnp.max(square - _CANCELLATION * var, initial=-jnp.inf) <= 0  # False for NaN and inf, too
     return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, *sums)
@@ -102,8 +100,8 @@ def _as_it_is(x, mask, share, total, squares):
 
 
 def _again(reduce_axes, x, mask, share, total, squares):
-    if mask is not None:  # the raw sums may have met what it hides
-        return _about_mean(reduce_axes, x, mask, share)
+    if mask is not None:  # the raw sums may have met what it hides: select, then multiply
+        return _about_mean(reduce_axes, select(mask, x, jnp.zeros((), share.dtype)), _weight(mask), share)
     return _about(reduce_axes, x, mask, share, total * share)
 
 
@@ -113,15 +111,23 @@ def _about(reduce_axes, x, mask, share, shift):
     (x1, mask1, shift1), (x2, mask2, shift2) = separate(((x, mask, shift),) * 2)
     first = (x1.astype(share.dtype) - lax.expand_dims(shift1, reduce_axes)) * lax.expand_dims(share, reduce_axes)
     second = (x2.astype(share.dtype) - lax.expand_dims(shift2, reduce_axes)) / 4
-    delta = _total(first, mask1, reduce_axes)
-    square = 16 * (_total(lax.square(second), mask2, reduce_axes) * share)
+    delta = jnp.sum(_shown(first, mask1), reduce_axes)
+    square = 16 * (jnp.sum(lax.square(_shown(second, mask2)), reduce_axes) * share)
     mean = shift + delta
     var = jnp.where(jnp.isinf(square), square, jnp.maximum(square - lax.square(delta), 0))  # no inf − inf
     return mean, delta - (mean - shift), var
 
 
-def _total(values, mask, reduce_axes):
-    return jnp.sum(values if mask is None else jnp.where(mask, values, 0), reduce_axes)
+def _weight(mask):
+    """The mask as a factor, in bytes: their conversion XLA:CPU pulls into a sum, that of bools it does not."""
+    return None if mask is None else mask.astype(jnp.uint8)
+
+
+def _shown(values, mask):
+    """The values that count, and 0 in the place of others; NaN where a factor meets one that is not finite."""
+    if mask is None:
+        return values
+    return jnp.where(mask, values, 0) if mask.dtype == bool else values * mask.astype(values.dtype)
 
 
 def _sample_mean(x, reduce_axes, dtype):
@@ -141,7 +147,7 @@ def _sample_mean(x, reduce_axes, dtype):
                 break
             strides[axis] *= 2
     x = lax.slice(x, [0] * x.ndim, x.shape, strides)
-    return _total(x.astype(dtype), None, reduce_axes) / math.prod(x.shape[a] for a in reduce_axes)
+    return jnp.sum(x.astype(dtype), reduce_axes) / math.prod(x.shape[a] for a in reduce_axes)
 
 
 def _count(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -24,6 +24,7 @@ __all__ = [
     "enter",
     "gather_group",
     "psum",
+    "select",
     "separate",
     "to_varying",
     "varying_axes",
@@ -51,6 +52,31 @@ def separate(tree: Any) -> Any:
     varying = frozenset[Any]().union(*map(varying_axes, arrays))
     arrays = [to_varying(array, varying) for array in arrays]
     return jax.tree.unflatten(structure, lax.platform_dependent(*arrays, cpu=_barrier, default=_identity))
+
+
+@jax.custom_jvp
+def select(mask: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x`` where ``mask`` and elsewhere the finite number next to ``other``, in x's dtype also in memory.
+
+    XLA:CPU does not pull a selection into a reduction: it writes it to memory, and in float32 if it is one of
+    narrower floats. One of their bits stays as narrow as x, so that it fits where a result of x's size, the
+    output or a gradient, is put later.
+    """
+    largest = jnp.finfo(x.dtype).max.astype(other.dtype)
+    other = jnp.clip(other, -largest, largest).astype(x.dtype)
+    return lax.platform_dependent(mask, x, other, cpu=_select_bits, default=jnp.where)
+
+
+@select.defjvp
+def _select_tangent(primals, tangents):
+    mask, x, _ = primals
+    _, x_dot, other_dot = tangents
+    return select(*primals), jnp.where(mask, x_dot, other_dot.astype(x.dtype))
+
+
+def _select_bits(mask, x, other):
+    bits = partial(lax.bitcast_convert_type, new_dtype=f"uint{8 * x.dtype.itemsize}")
+    return lax.bitcast_convert_type(jnp.where(mask, bits(x), bits(other)), x.dtype)
 
 
 def add(dtype: Any, *terms: jax.Array) -> jax.Array:

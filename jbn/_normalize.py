@@ -28,7 +28,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from jbn._moments import Moments
-from jbn._named_axes import Groups, add, psum, separate, to_varying, varying_axes
+from jbn._named_axes import Groups, add, psum, select, separate, to_varying, varying_axes
 
 __all__ = ["Layout", "normalize"]
 
@@ -78,10 +78,10 @@ def normalize(
 def _kernel(layout, x, gamma, beta, eps, moments, mask):
     mean, delta, var, _ = moments
     r = lax.rsqrt(var + eps)
-    centred, present = _centred(layout, _Known(x, mean, delta, r, mask))
+    present = _present(layout, _Known(x, mean, delta, r, mask))
     # The rounding of the mean is made good once for each channel, in what is added.
     scale, shift, beta = _over(layout, gamma * r, beta - delta * (gamma * r), beta)
-    y = centred * scale + shift
+    y = _apart(layout, x, mean) * scale + shift
     return (y if present is None else jnp.where(present, y, beta)).astype(x.dtype), mean, var
 
 
@@ -145,13 +145,17 @@ def _tangent_sums(layout, known, x_dot):
 def _tangent(layout, known, scale, coefficients, x_dot):
     """ẏ = x̂·p + q + γr·ẋ, for p and q the two of ``coefficients``; a None does not move."""
     known = separate(known)
-    centred, present = _centred(layout, known)
+    present = _present(layout, known)
+    x, mean = known.x, known.mean
+    if present is not None:  # transposed, the first term is a reduction, into which a selection is not pulled
+        (constant,) = _over(layout, mean)
+        x, mean = separate((select(present, x, constant), mean))
     terms = []
     if coefficients is not None:
         p, q = coefficients
         p = p * known.r
         p, q = _over(layout, p, q - known.delta * p)
-        terms += [centred * p, jnp.broadcast_to(q, known.x.shape)]
+        terms += [_apart(layout, x, mean) * p, jnp.broadcast_to(q, known.x.shape)]
     if x_dot is not None:
         (scale,) = _over(layout, scale)
         terms.append((x_dot if present is None else jnp.where(present, x_dot, 0)) * scale)
@@ -168,15 +172,13 @@ def _apart(layout, x, mean):
     return x.astype(mean.dtype) - mean
 
 
-def _centred(layout, known):
-    """x minus the rounded mean, and where x counts as itself.
+def _present(layout, known):
+    """Where x counts as itself, or None for everywhere.
 
-    A masked value that is not finite once normalized counts as μ, as a constant: there the difference is
-    what the rounding left out.
+    A masked value that is not finite once normalized counts as μ, as a constant; for the derivative, as μ
+    rounded to the dtype of x.
     """
-    centred = _apart(layout, known.x, known.mean)
     if known.mask is None:
-        return centred, None
+        return None
     delta, r = _over(layout, known.delta, known.r)
-    present = known.mask | jnp.isfinite((centred - delta) * r)
-    return jnp.where(present, centred, delta), present
+    return known.mask | jnp.isfinite((_apart(layout, known.x, known.mean) - delta) * r)

@@ -108,6 +108,31 @@ def test_no_temporary_comes_near_the_size_of_x(dtype):
         assert memory.temp_size_in_bytes <= 0.01 * x.nbytes
 
 
+MASKS = pytest.mark.parametrize("mask_shape", [(32, 1, 1, 1), (32, 28, 28, 1)], ids=["examples", "pixels"])
+
+
+@DTYPES
+@MASKS
+def test_a_mask_adds_no_temporary_that_comes_near_the_size_of_x(dtype, mask_shape):
+    params, _ = bn_init(C)
+    x, mask = jax.random.normal(jax.random.key(0), (32, 28, 28, C), dtype), jnp.ones(mask_shape, bool)
+    for fn, args in ((forward, (params, x)), (forward_backward, (params, x, x))):
+        hlo, memory = compile_hlo(lambda *args, fn=fn: fn(*args, mask=mask), *args)
+        # One selection: it lies where a result is put later, the output in forward and dx in backward.
+        assert hlo.full_size_results(x.size) <= 1 + 2 * (fn is forward_backward)
+        assert memory.temp_size_in_bytes <= 0.02 * x.nbytes
+
+
+@DTYPES
+def test_a_mask_adds_no_residual_and_no_reduction_to_ordinary_data(dtype):
+    params, _ = bn_init(C)
+    x, mask = batch(dtype), jnp.ones((N, 1), bool)
+    _, vjp = jax.vjp(partial(forward, mask=mask), params, x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) <= 1.01 * x.nbytes + mask.nbytes
+    hlo, _ = compile_hlo(partial(forward_backward, mask=mask), params, x, x)
+    assert hlo.reductions(SIZE) <= 4
+
+
 @DTYPES
 def test_channels_first_images_cost_the_same(dtype):
     params, _ = bn_init(16)
