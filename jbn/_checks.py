@@ -30,6 +30,7 @@ __all__ = [
     "as_momentum",
     "as_params",
     "as_renorm",
+    "as_size",
     "as_state",
     "as_stats",
     "compute_dtype",
@@ -96,6 +97,19 @@ def _is_numbers(x: Any) -> bool:
     if isinstance(x, (list, tuple)):
         return not isinstance(x, (BNParams, BNState, BNStats)) and all(map(_is_numbers, x))
     return isinstance(x, (jax.Array, np.ndarray, np.generic, int, float, complex)) or hasattr(x, "__jax_array__")
+
+
+def as_size(name: str, value: Any, advice: str) -> int:
+    """An int of at least 1."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}; expected an int; {advice}.") from None
+    if size < 1:
+        raise ValueError(f"{name}: got {size}; expected at least 1; {advice}.")
+    return size
 
 
 def as_feature_shape(num_features: Any) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Hashable
 from typing import Any
 
-from jbn._checks import static
+from jbn._checks import as_size, static
 
 __all__ = [
     "as_axes",
@@ -111,16 +111,7 @@ def as_ghost_size(ghost_size: Any, axes: tuple[int, ...]) -> int | None:
     static("ghost_size", ghost_size)
     if ghost_size is None:
         return None
-    try:
-        if isinstance(ghost_size, bool):
-            raise TypeError
-        size = operator.index(ghost_size)
-    except TypeError:
-        raise TypeError(
-            f"ghost_size: got {ghost_size!r}; expected an int; pass the number of examples in a block."
-        ) from None
-    if size < 1:
-        raise ValueError(f"ghost_size: got {size}; expected at least 1; pass the number of examples in a block.")
+    size = as_size("ghost_size", ghost_size, "pass the number of examples in a block")
     if 0 in axes:
         raise ValueError(
             f"ghost_size: got {size} with feature axis 0; expected the leading axis to be the batch; "

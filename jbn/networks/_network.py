@@ -1,7 +1,6 @@
 """What the networks share: the pair they are, how a layer starts, and what does not fit them."""
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from jbn import _checks
 from jbn._core import bn_init
 from jbn._pytrees import BNParams, BNState, kind_of
 
-__all__ = ["Layer", "Network", "as_compute_dtype", "as_size", "check_fit", "check_function", "entered", "init_layer"]
+__all__ = ["Layer", "Network", "as_compute_dtype", "check_fit", "check_function", "entered", "init_layer"]
 
 _FROM_INIT = "pass what the network's init returned: params, state = init(key)"
 
@@ -112,16 +111,3 @@ def check_function(name: str, function: Any) -> None:
 def as_compute_dtype(dtype: Any) -> Any:
     """A real floating-point dtype, or None for that of x."""
     return None if dtype is None else _checks.as_float_dtype(dtype)
-
-
-def as_size(name: str, value: Any, advice: str) -> int:
-    """An int of at least 1."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: got {value!r}; expected an int; {advice}.") from None
-    if size < 1:
-        raise ValueError(f"{name}: got {size}; expected at least 1; {advice}.")
-    return size

@@ -15,7 +15,6 @@ from jbn.networks._network import (
     Layer,
     Network,
     as_compute_dtype,
-    as_size,
     check_fit,
     check_function,
     entered,
@@ -104,10 +103,10 @@ def resnet(
         shortcuts without params, on CIFAR); Goyal et al. 2017, section 5.1 (γ = 0); Chen et al. 2016,
         "Training Deep Nets with Sublinear Memory Cost" (remat).
     """
-    classes = as_size("num_classes", num_classes, "pass the number of classes, as in resnet(10)")
-    channels = as_size("in_channels", in_channels, "pass 3 for colour images, 1 for grey ones")
+    classes = _checks.as_size("num_classes", num_classes, "pass the number of classes, as in resnet(10)")
+    channels = _checks.as_size("in_channels", in_channels, "pass 3 for colour images, 1 for grey ones")
     stages = _as_widths(widths)
-    depth = as_size("blocks", blocks, "pass the blocks in each stage, as in blocks=3")
+    depth = _checks.as_size("blocks", blocks, "pass the blocks in each stage, as in blocks=3")
     normed = _as_normed(norm)
     check_function("activation", activation)
     check_function("bn", bn)
@@ -217,7 +216,7 @@ def _as_widths(widths: Any) -> tuple[int, ...]:
         raise TypeError(f"widths: got {widths!r}; expected a sequence of ints; {advice}.")
     if not widths:
         raise ValueError(f"widths: got {widths!r}; expected at least one stage; {advice}.")
-    return tuple(as_size("widths", width, advice) for width in widths)
+    return tuple(_checks.as_size("widths", width, advice) for width in widths)
 
 
 def _as_normed(norm: Any) -> bool:
