@@ -193,7 +193,7 @@ class TestBadInput:
     def test_weights_that_overflow(self, run, capsys):
         spec = NetworkSpec("mlp", (48, 4, 3), "z", "relu", "float32")
         params, state = build(spec).init(jax.random.key(0))
-        params[0]["W"] = jnp.full((48, 4), 3e38)
+        params[0]["W"] = jnp.full_like(params[0]["W"], 3e38)
         save_model(run / "huge.safetensors", spec, params, state, load_model(run / "with.safetensors")[3])
         message = self.refused(capsys, run, "calibrate", run, "--model", "huge.safetensors")
         assert message.startswith(f"{run / 'huge.safetensors'}: batches: got 1 without usable statistics")
