@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._checks_axes import as_stack_axis
-from jbn._named_axes import Groups, all_gather, axis_total, gather_group, psum, select, separate
+from jbn._named_axes import Groups, all_gather, axis_total, gather_group, psum, select, separate, sum_after
 from jbn._pytrees import BNStats, map_nodes
 
 __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_over_devices"]
@@ -22,8 +22,10 @@ __all__ = ["Moments", "as_stats", "bn_merge_stats", "measure", "pool", "pool_ove
 _CANCELLATION = 16
 # One value in so many is in the sample.
 _SPARSITY = 128
-# Up to here a second read of x costs next to nothing, and XLA:CPU sums in the order of the rows, less exactly.
-_SMALL = 2**17
+# Below it XLA:CPU adds in the order of the rows, and a second read of x costs next to nothing.
+_SMALL = 2**12
+# From so many rows on, and where nothing is to be converted, two sums over x in turn are faster than side by side.
+_TALL = 2**11
 # Up to so many shards one all-gather of their moments is the quicker way, above two all-reduces.
 _GATHERED = 16
 _TINY = 2.0**-64
@@ -50,7 +52,7 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
     x = lax.stop_gradient(x)
     count = _count(x, mask, reduce_axes, dtype)
     share = 1 / jnp.maximum(count, 1)
-    if not all(isinstance(n, int) for n in x.shape) or x.size <= _SMALL:  # an exported size may be open
+    if _sums_are_rough(x, reduce_axes):
         parts = _about_mean(reduce_axes, x, mask, share)
     else:
         ways = (_about_zero_or_mean, _about_sample if mask is None else _about_mean)  # a mask may empty a sample
@@ -58,6 +60,14 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
         parts = lax.platform_dependent(x, mask, share, cpu=cpu, default=default)
     mean, delta, var = parts
     return Moments(mean, delta, var, count)
+
+
+def _sums_are_rough(x, reduce_axes):
+    """Whether XLA:CPU may add in the order of the rows, which is no basis for a difference of sums."""
+    if not all(isinstance(n, int) for n in x.shape):  # an exported size may be open
+        return True
+    kept = [a for a in range(x.ndim) if a not in reduce_axes]
+    return x.size < _SMALL or kept != list(range(min(kept), max(kept) + 1))
 
 
 def _about_mean(reduce_axes, x, mask, share):
@@ -81,9 +91,11 @@ def _about_zero_or_mean(reduce_axes, x, mask, share):
     A mask multiplies, since XLA:CPU writes a selection to memory before it sums it; a masked value that
     is not finite then shows in the sum, as any other does.
     """
-    sums = []
-    for (part, kept), power in zip(separate(((x, _weight(mask)),) * 2), (lambda v: v, lax.square), strict=True):
-        sums.append(jnp.sum(power(_shown(part.astype(share.dtype), kept)), reduce_axes))
+    first, second = (_shown(part.astype(share.dtype), kept) for part, kept in separate(((x, _weight(mask)),) * 2))
+    total = jnp.sum(first, reduce_axes)
+    in_turn = share.dtype == x.dtype and math.prod(x.shape[a] for a in reduce_axes) >= _TALL
+    squares = lax.square(second)
+    sums = total, sum_after(total, squares, reduce_axes) if in_turn else jnp.sum(squares, reduce_axes)
     _, var, square = _from_sums(share, *sums)
     harmless = jnp.max(square - _CANCELLATION * var, initial=-jnp.inf) <= 0  # False for NaN and inf, too
     return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, *sums)

@@ -5,6 +5,7 @@ A conditional costs what one of its branches costs. ``branch=min`` is the path t
 """
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -113,6 +114,20 @@ class Hlo:
             return instruction.opcode not in free and any(n >= size for n in instruction.sizes)
 
         return self._count(self._entry, is_one, branch, into_fusions=False)
+
+    def reductions_wait(self, size: int) -> bool:
+        """Whether, in the entry, no two reductions over at least ``size`` values could run side by side."""
+        above: dict[str, set[str]] = {}
+        size_of: dict[str, int] = {}
+        wide: list[str] = []
+        for instruction in self._computations[self._entry]:
+            size_of[instruction.name] = max(instruction.sizes, default=0)
+            before = {name: above.get(name, set()) for name in instruction.operands}
+            above[instruction.name] = set(before).union(*before.values())
+            if size_of[instruction.name] < size <= max((size_of.get(name, 0) for name in before), default=0):
+                wide.append(instruction.name)
+        wide = [name for name in wide if not name.startswith(("get-tuple-element", "conditional", "cond"))]
+        return all(first in above[second] for first, second in itertools.pairwise(wide)) and len(wide) > 1
 
     def collectives(self) -> list[Instruction]:
         """All collectives of the module, asynchronous ones once."""

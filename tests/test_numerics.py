@@ -23,10 +23,14 @@ RATIOS = [0, 1, 3.8, 4.0, 10, 100, 1e3, 1e4]
 SHAPES = {
     "8 rows": ((8, 16), -1),
     "1000 rows": ((1000, 4), -1),
+    "256 rows": ((256, 16), -1),
     "1e5 rows": ((100_000, 2), -1),
     "NHWC": ((8, 5, 5, 6), -1),
+    "large NHWC": ((3, 40, 25, 7), -1),
     "NCHW": ((8, 6, 5, 5), 1),
+    "large NCHW": ((8, 8, 14, 14), 1),
     "two axes": ((100, 3, 7, 2), (1, 3)),
+    "two large axes": ((1000, 3, 7, 2), (1, 3)),
 }
 SPIKES = [f"spikes every {n} rows" for n in (2, 8, 64, 128, 1000)]
 shapes = pytest.mark.parametrize(("shape", "axis"), SHAPES.values(), ids=SHAPES.keys())
