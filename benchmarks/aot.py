@@ -190,9 +190,10 @@ def picture(rows: list[Row]) -> Any:
             panel.set(title=f"{TARGETS[target][0]}: {name}", yticks=range(len(contestants)))
             panel.set_yticklabels([CONTESTANTS[n].title for n in contestants] if column == 0 else [])
             panel.invert_yaxis()
-    axes[0, -1].legend(fontsize=8)
+            panel.margins(x=0.13)  # for the figures at the ends of the bars
     figure.supxlabel("passes over x")
     figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower right", ncols=len(dtypes), fontsize=9)
     return figure
 
 

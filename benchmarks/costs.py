@@ -230,14 +230,11 @@ def _tell(what, values):
 
 
 def arguments() -> Any:
-    options = harness.parser(__doc__)
+    options = harness.parser(__doc__, rounds=9, turn=0.05)
     listed = harness.comma_separated
     jax_only = [name for name in CONTESTANTS if CONTESTANTS[name].engine == "jax"]
     options.add_argument("--contestants", type=listed(jax_only), default=list(NAMES), help=", ".join(jax_only))
     options.add_argument("--dtypes", type=listed(("float32", "bfloat16", "float16")), default=["float32", "bfloat16"])
-    options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--turn", type=float, default=0.05, metavar="SECONDS", help="of eager calls, at least")
-    options.add_argument("--seed", type=int, default=0, help="of the random order")
     options = options.parse_args()
     if options.quick:
         options.dtypes, options.rounds = options.dtypes[:1], 2

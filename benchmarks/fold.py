@@ -5,9 +5,7 @@ Ratios are the time of the network over that of the folded one, round by round: 
 
 import dataclasses
 import importlib.metadata
-import math
 import random
-import time
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
 
 
+NAMES = ("network", "folded")
 MLP, DEEP, IMAGES = (784, 1024, 1024, 1024, 10), (64, *[128] * 12, 10), (64, 32, 32, 3)
 CASES = (
     Case("MLP 784-1024-1024-1024-10, batch 256", "mlp", (MLP,), {}, (256, 784)),
@@ -49,65 +48,50 @@ class Run:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-class Here:
-    """What `harness.interleave` asks of an engine, in this process: both contestants are the same JAX."""
+class Inference:
+    """One inference, and waiting for it."""
 
-    def __init__(self) -> None:
-        self._turns: dict[str, Any] = {}
-        self.outputs: dict[str, Any] = {}
+    def __init__(self, name: str, case: Case, dtype: str) -> None:
+        import jax
+        import jax.numpy as jnp
 
-    def ask(self, call: str, **arguments: Any) -> Any:
-        return getattr(self, call)(**arguments)
+        import jbn
+        from jbn import networks
 
-    def prepare(self, name: str, case: dict[str, Any], turn_seconds: float) -> dict[str, Any]:
-        call = contestant(name, Case(**{k: v for k, v in case.items() if k != "dtype"}), case["dtype"])
-        self.outputs[name] = call()
-        start = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - start
-        self._turns[name] = call, max(1, math.ceil(turn_seconds / seconds))
-        return {"seconds": seconds}
+        make = partial(getattr(networks, case.network), *case.arguments, **case.options, dtype=jnp.dtype(dtype))
+        network = make()
+        params, state = network.init(jax.random.key(0))
+        x = jax.random.normal(jax.random.key(1), case.shape, jnp.dtype(dtype))
+        _, stats = jax.jit(partial(network.apply, train=True))(params, state, x)
+        state = jbn.bn_update_stats(state, stats)  # so that the outputs are those of a network that was trained
+        if name == "folded":
+            network, params = networks.fold(make, params, state)
+            state = None
+        self._apply = jax.jit(partial(network.apply, train=False))
+        self._arguments = params, state, x
 
-    def turn(self, name: str) -> float:
-        call, repeats = self._turns[name]
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
-
-    def clear(self) -> None:
+    def __call__(self) -> Any:
         import jax
 
-        self._turns = {}
-        jax.clear_caches()
+        return jax.block_until_ready(self._apply(*self._arguments)[0])
+
+    def refresh(self) -> None:
+        """Moves the arrays: where in memory weights happen to lie makes a matrix product up to a tenth slower."""
+        import jax
+        import jax.numpy as jnp
+
+        self._arguments = jax.block_until_ready(jax.tree.map(partial(jnp.array, copy=True), self._arguments))
 
 
-def contestant(name: str, case: Case, dtype: str) -> Any:
-    """A function of no arguments: one inference, and waiting for it."""
-    import jax
-    import jax.numpy as jnp
-
-    import jbn
-    from jbn import networks
-
-    make = partial(getattr(networks, case.network), *case.arguments, **case.options, dtype=jnp.dtype(dtype))
-    network = make()
-    params, state = network.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), case.shape, jnp.dtype(dtype))
-    _, stats = jax.jit(partial(network.apply, train=True))(params, state, x)
-    state = jbn.bn_update_stats(state, stats)  # so that the outputs are those of a network that was trained
-    if name == "folded":
-        network, params = networks.fold(make, params, state)
-        state = None
-    apply = jax.jit(partial(network.apply, train=False))
-    return lambda: jax.block_until_ready(apply(params, state, x)[0])
+def inference(dtype: str, name: str, case: dict[str, Any]) -> Inference:
+    return Inference(name, Case(**case), dtype)
 
 
-def difference(outputs: dict[str, Any]) -> float:
+def difference(case: Case, dtype: str) -> float:
     """The largest, relative to the largest output."""
     import numpy as np
 
-    network, folded = (np.asarray(outputs[name], np.float64) for name in ("network", "folded"))
+    network, folded = (np.asarray(Inference(name, case, dtype)(), np.float64) for name in NAMES)
     return float(np.max(np.abs(folded - network)) / np.max(np.abs(network)))
 
 
@@ -121,18 +105,17 @@ def measure(options: Any) -> Run:
     order = random.Random(options.seed)
     for dtype in options.dtypes:
         for case in TINY if options.quick else CASES:
-            here = Here()
             seconds, _ = harness.interleave(
-                {"jax": here},
-                {"network": "jax", "folded": "jax"},
-                {**case._asdict(), "dtype": dtype},
+                {"here": harness.Here(partial(inference, dtype))},
+                dict.fromkeys(NAMES, "here"),
+                case._asdict(),
                 rounds=options.rounds,
                 turn_seconds=options.turn,
                 order=order,
             )
-            seconds = {name: [float(f"{t:.5g}") for t in seconds[name]] for name in ("network", "folded")}
+            seconds = {name: [float(f"{t:.5g}") for t in seconds[name]] for name in NAMES}
             row = {"case": case._asdict(), "dtype": dtype, "seconds": seconds}
-            run.rows.append({**row, "difference": float(f"{difference(here.outputs):.2g}")})
+            run.rows.append({**row, "difference": float(f"{difference(case, dtype):.2g}")})
             print(*line(run.rows[-1]), sep="  ", flush=True)
     return run
 
@@ -142,7 +125,7 @@ def speedup(row: dict[str, Any]) -> harness.Spread:
 
 
 def line(row: dict[str, Any]) -> list[str]:
-    times = [f"{1e3 * harness.spread(row['seconds'][name]).median:.3f}" for name in ("network", "folded")]
+    times = [f"{1e3 * harness.spread(row['seconds'][name]).median:.3f}" for name in NAMES]
     return [row["case"]["title"], row["dtype"], *times, speedup(row).text(), f"{row['difference']:.1e}"]
 
 
@@ -174,12 +157,9 @@ def picture(run: Run) -> Any:
 
 
 def arguments() -> Any:
-    options = harness.parser(__doc__)
+    options = harness.parser(__doc__, rounds=31, turn=0.05)
     dtypes = harness.comma_separated(("float32", "bfloat16", "float16"))
     options.add_argument("--dtypes", type=dtypes, default=["float32", "bfloat16"])
-    options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--turn", type=float, default=0.05, metavar="SECONDS", help="a turn's length, at least")
-    options.add_argument("--seed", type=int, default=0, help="of the random order")
     options = options.parse_args()
     if options.quick:
         options.dtypes, options.rounds, options.turn = options.dtypes[:1], 3, 0.005
@@ -190,9 +170,7 @@ def main() -> None:
     options = arguments()
     run = measure(options)
     print("\n" + page(run))
-    kind, _, device = run.device.partition(": ")
-    where = "" if kind == "cpu" else "-" + "-".join(device.lower().split())
-    stem = "fold-quick" if run.settings["quick"] else f"fold{where}-{run.about['date']}"
+    stem = harness.stem("fold", run.device, run.about["date"], quick=run.settings["quick"])
     print("written:", *harness.write(options.out, stem, dataclasses.asdict(run), page(run), picture(run)))
 
 

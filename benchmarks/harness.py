@@ -58,7 +58,10 @@ class Engine:
 
 
 class Here:
-    """An engine in this process, where all contestants are JAX: ``build(name, case)`` gives what is timed."""
+    """An engine in this process, where all contestants are JAX: ``build(name, case)`` gives what is timed.
+
+    If that has a method ``refresh`` it is called before each turn, untimed.
+    """
 
     def __init__(self, build: Callable[[str, dict[str, Any]], Callable[[], Any]]):
         self._build = build
@@ -82,6 +85,7 @@ class Here:
 
     def turn(self, name: str) -> float:
         run, repeats = self._turns[name]
+        getattr(run, "refresh", lambda: None)()
         start = time.perf_counter()
         for _ in range(repeats):
             run()
@@ -250,11 +254,15 @@ def comma_separated(choices: Iterable[str]) -> Any:
     return parse
 
 
-def parser(about: str) -> Any:
-    """An argument parser with what every script takes: ``--quick`` and ``--out``."""
+def parser(about: str, *, rounds: int | None = None, turn: float = 0.0) -> Any:
+    """An argument parser with what every script takes, and with ``rounds`` what every script that times takes."""
     import argparse
 
     options = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="a smoke run of under a minute; its figures mean nothing")
     options.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="where the files go")
+    if rounds is not None:
+        options.add_argument("--rounds", type=int, default=rounds, help="in which each takes a turn")
+        options.add_argument("--turn", type=float, default=turn, metavar="SECONDS", help="a turn's length, at least")
+        options.add_argument("--seed", type=int, default=0, help="of the random order")
     return options

@@ -177,16 +177,9 @@ def picture(run: Run) -> Any:
     return figure
 
 
-def slug(run: Run) -> str:
-    if run.settings["quick"]:
-        return "layer-quick"
-    kind, _, device = run.device.partition(": ")
-    where = "" if kind == "cpu" else "-" + "-".join(device.lower().split())
-    return f"layer{where}-{run.about['date']}"
-
-
 def save(run: Run, out: Any) -> None:
-    paths = harness.write(out, slug(run), dataclasses.asdict(run), page(run), picture(run))
+    stem = harness.stem("layer", run.device, run.about["date"], quick=run.settings["quick"])
+    paths = harness.write(out, stem, dataclasses.asdict(run), page(run), picture(run))
     print("\nwritten:", *paths, flush=True)
 
 
@@ -240,7 +233,7 @@ def _tell(row):
 
 
 def arguments() -> Any:
-    options = harness.parser(__doc__)
+    options = harness.parser(__doc__, rounds=11, turn=0.02)
     listed = harness.comma_separated
     options.add_argument("--contestants", type=listed(CONTESTANTS), default=list(USUAL), help=", ".join(CONTESTANTS))
     options.add_argument("--dtypes", type=listed(("float32", "bfloat16", "float16")), default=["float32", "bfloat16"])
@@ -252,9 +245,6 @@ def arguments() -> Any:
         help="; ".join(f"{i}: {Case(s, a, '', '', 0).label}" for i, (s, a) in enumerate(SHAPES)),
     )
     options.add_argument("--steps", type=int, default=10, help="calls in a chain")
-    options.add_argument("--rounds", type=int, default=11)
-    options.add_argument("--turn", type=float, default=0.02, metavar="SECONDS", help="a turn's length, at least")
-    options.add_argument("--seed", type=int, default=0, help="of the random order")
     options = options.parse_args()
     options.shapes = [int(index) for index in options.shapes]
     if options.quick:

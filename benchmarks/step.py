@@ -280,14 +280,11 @@ def _check(steps, dtype):
 
 
 def arguments() -> Any:
-    options = harness.parser(__doc__)
+    options = harness.parser(__doc__, rounds=15, turn=0.5)
     listed = harness.comma_separated
     options.add_argument("--contestants", type=listed(NORMS), default=list(NORMS), help=", ".join(NORMS))
     options.add_argument("--networks", type=listed(CASES), default=list(CASES), help=", ".join(CASES))
     options.add_argument("--dtypes", type=listed(("float32", "bfloat16")), default=["float32", "bfloat16"])
-    options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--turn", type=float, default=0.5, metavar="SECONDS", help="a turn's length, at least")
-    options.add_argument("--seed", type=int, default=0, help="of the random order")
     options = options.parse_args()
     if options.quick:
         options.dtypes, options.rounds, options.turn = options.dtypes[:1], 3, 0.02
