@@ -1,8 +1,9 @@
-"""Times what there is around a layer: importing it, compiling it, and calling it eagerly, beside flax.linen.
+"""What there is around a layer: importing, compiling and calling it eagerly, and what it keeps for backward.
 
 Compilation is that of 20 batch norms with relu, their gradient and the update of their running statistics,
 from Python to machine code. Its time is the processor time of all threads, which other programs disturb less than
-the clock; every turn compiles anew. Eager calls are training and evaluation steps without jit.
+the clock; every turn compiles anew. Eager calls are training and evaluation steps without jit. Kept are the arrays
+of a `jax.vjp`, in bytes over those of x.
 """
 
 import dataclasses
@@ -100,6 +101,17 @@ def compilations(dtype: str, names: list[str], rounds: int, order: random.Random
     return seconds
 
 
+def kept(name: str, dtype: str) -> float:
+    """Bytes of all that one training-mode layer keeps for backward, over those of x."""
+    import jax
+
+    layer = CONTESTANTS[name].build(Case(SHAPE, -1, dtype, "forward+backward", 1), 0.9)
+    x = jax.random.normal(jax.random.key(0), SHAPE, dtype)
+    _, pullback, _ = jax.vjp(lambda p, x: layer.apply(p, layer.state, x), layer.params, x, has_aux=True)
+    arrays = {id(leaf): leaf for leaf in jax.tree.leaves(pullback)}
+    return sum(leaf.nbytes for leaf in arrays.values()) / x.nbytes
+
+
 def eager(name: str, case: dict[str, Any]) -> Callable[[], Any]:
     """A step without jit, and waiting for it."""
     import jax
@@ -129,6 +141,7 @@ class Run:
     skipped: dict[str, str]
     imports: dict[str, list[float]]  # ms
     compilation: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype → stage → name → s of processor
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype → name → bytes over those of x
     eager: dict[str, Any] = dataclasses.field(default_factory=dict)  # mode → name → s
 
 
@@ -157,6 +170,15 @@ def page(run: Run) -> str:
             for name in stages["all"]
         ]
         parts += [f"### {dtype}", harness.markdown_table(["", *stages, "time / jbn"], rows)]
+    names = next(iter(run.kept.values()))
+    parts += [
+        "## Kept for backward",
+        f"Bytes over those of x, {'×'.join(map(str, SHAPE))}.",
+        harness.markdown_table(
+            ["", *run.kept],
+            [[_title(name), *(f"{of[name]:.3f}" for of in run.kept.values())] for name in names],
+        ),
+    ]
     parts += ["## Eager calls", f"x is {'×'.join(map(str, EAGER))}. The goal is no more than linen's."]
     parts.append(
         harness.markdown_table(
@@ -211,6 +233,8 @@ def measure(options: Any) -> Run:
         run.compilation[dtype] = compilations(dtype, names, options.rounds, order)
         total = run.compilation[dtype]["all"]
         _tell(f"compile {dtype}", {name: _ratio(total, name) for name in total})
+        run.kept[dtype] = {name: float(f"{kept(name, dtype):.4g}") for name in names}
+        _tell(f"kept {dtype}", run.kept[dtype])
     engines = {"here": harness.Here(eager)}
     for mode in ("forward", "forward+backward", "evaluation"):
         case = Case(EAGER, -1, "float32", mode, 1)._asdict()
