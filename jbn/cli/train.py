@@ -18,7 +18,8 @@ from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, load_data
-from jbn.cli.fit import Fit, Progress, batch_order, fit
+from jbn.cli.devices import AXIS, deal, mesh_of
+from jbn.cli.fit import Fit, Progress, SoFar, batch_order, fit
 from jbn.cli.interrupt import interrupts
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
@@ -60,6 +61,8 @@ def _fits(
 ) -> tuple[dict[str, TrainState], dict[str, Fit]]:
     """Where each network starts, and what its training gives."""
     optimizer = make_optimizer(options)
+    mesh = mesh_of(1)
+    dealt = deal(order, mesh.size, options.accumulate)
     starts, fits = {}, {}
     with display.progress(list(specs), order.shape[0] * order.shape[1]) as show:
         for name, spec in specs.items():
@@ -77,8 +80,9 @@ def _fits(
                 optimizer,
                 momentum=options.bn_momentum,
                 accumulate=options.accumulate,
+                axis_name=AXIS,
             )
-            fits[name] = fit(network, step, starts[name], data, order, tell)
+            fits[name] = fit(network, step, SoFar.at(starts[name]), data, dealt, mesh, tell)
     return starts, fits
 
 

@@ -1,0 +1,62 @@
+"""The devices of a run: a mesh of one axis, each batch split over it, all else alike on every device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+__all__ = ["AXIS", "deal", "local", "mesh_of", "over_devices", "replicated", "split"]
+
+AXIS = "data"
+
+
+def mesh_of(devices: int) -> Mesh:
+    """The first so many devices of every process."""
+    own: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        own.setdefault(device.process_index, []).append(device)
+    first = [device for process in sorted(own) for device in own[process][:devices]]
+    return Mesh(np.array(first), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def deal(order: np.ndarray, devices: int, accumulate: int) -> np.ndarray:
+    """The rows (…, batch) in the order in which each device's share is consecutive.
+
+    A device splits its share into microbatches by itself. So that microbatch j holds the same rows on any number
+    of devices, each device is dealt its part of every microbatch.
+    """
+    by_micro = order.reshape(*order.shape[:-1], accumulate, devices, -1)
+    return by_micro.swapaxes(-3, -2).reshape(order.shape)
+
+
+def split(values: np.ndarray, rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """``values[rows]`` for rows (steps, batch), the batch split over the mesh; a process touches its share alone."""
+
+    def share(index: tuple[slice, ...]) -> np.ndarray:
+        return values[rows[index[:2]]]
+
+    shape = (*rows.shape, *values.shape[1:])
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, AXIS)), share)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The arrays, which every process holds alike, on every device."""
+
+    def everywhere(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, P()), lambda index: leaf[index])
+
+    return jax.tree.map(everywhere, tree)
+
+
+def local(tree: Any) -> Any:
+    """This process's own copy of arrays that are the same on every device."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def over_devices(call: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """``call(state, x, y, count)`` with x and y as `split` makes them, and all else alike on every device."""
+    return jax.shard_map(call, mesh=mesh, in_specs=(P(), P(None, AXIS), P(None, AXIS), P()), out_specs=P())
