@@ -12,7 +12,7 @@ from jbn.cli import options
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench import options as bench_options
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.options import TrainOptions, choice, fresh_folder, integer, of_network, real, sizes
+from jbn.cli.options import TrainOptions, address, choice, fresh_folder, integer, of_network, real, sizes
 
 __all__ = ["parse"]
 
@@ -118,6 +118,25 @@ def train(
     seed: Annotated[
         int, _option(integer("--seed", 0, 0, 2**32 - 1), "INT", "Of the split, the initial W and the order.")
     ] = 0,
+    devices: Annotated[
+        int, _option(integer("--devices", 1, 4), "INT", "Devices of each process, over which a batch is split.")
+    ] = 1,
+    stats: Annotated[
+        str, _words("--stats", options.STATS, "Normalize with the whole batch, or each device with its own share.")
+    ] = "global",
+    coordinator: Annotated[
+        str | None,
+        _option(address("--coordinator"), "HOST:PORT", "Where process 0 waits for the others, if there are several."),
+    ] = None,
+    num_processes: Annotated[
+        int | None, _option(integer("--num-processes", 1, 2), "INT", "How many take part; with --coordinator.")
+    ] = None,
+    process_id: Annotated[
+        int | None, _option(integer("--process-id", 0, 0), "INT", "Which of them this is; 0 shows and writes.")
+    ] = None,
+    timeout: Annotated[
+        int, _option(integer("--timeout", 1, 60), "SECONDS", "How long processes wait for each other to start.")
+    ] = 60,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="New folder for the results.  [default: runs/train-<date>-<time>]"),
@@ -142,6 +161,12 @@ def train(
         target_loss=target_loss,
         dtype=dtype,
         seed=seed,
+        devices=devices,
+        stats=stats,
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        timeout=timeout,
         **of_network(network, lr=lr, hidden=hidden, widths=widths, blocks=blocks, activation=activation, epochs=epochs),
     )
     return partial(_train, chosen)

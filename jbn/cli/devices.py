@@ -1,5 +1,6 @@
 """The devices of a run: a mesh of one axis, each batch split over it, all else alike on every device."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,18 +9,34 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["AXIS", "deal", "local", "mesh_of", "over_devices", "replicated", "split"]
+from jbn.cli.bad_input import BadInput
 
-AXIS = "data"
+__all__ = ["axis_of", "deal", "local", "mesh_of", "over_devices", "replicated", "split"]
+
+_AXIS = "data"
 
 
 def mesh_of(devices: int) -> Mesh:
-    """The first so many devices of every process."""
+    """The first so many devices of every process; on a CPU as many are made, if JAX has not started yet."""
+    if devices > 1:
+        with contextlib.suppress(RuntimeError):  # what JAX says once it has started
+            jax.config.update("jax_num_cpu_devices", devices)
     own: dict[int, list[Any]] = {}
     for device in jax.devices():
         own.setdefault(device.process_index, []).append(device)
-    first = [device for process in sorted(own) for device in own[process][:devices]]
-    return Mesh(np.array(first), (AXIS,), axis_types=(AxisType.Auto,))
+    fewest = min(map(len, own.values()))
+    if devices > fewest:
+        raise BadInput(
+            f"--devices: got {devices}; expected at most {fewest}, as many as there are of {jax.default_backend()}; "
+            f"pass --devices {fewest}."
+        )
+    chosen = [device for process in sorted(own) for device in own[process][:devices]]
+    return Mesh(np.array(chosen), (_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def axis_of(mesh: Mesh) -> str | None:
+    """The name to synchronize over; None for one device, where XLA:CPU would keep the collectives and their cost."""
+    return None if mesh.size == 1 else _AXIS
 
 
 def deal(order: np.ndarray, devices: int, accumulate: int) -> np.ndarray:
@@ -35,11 +52,11 @@ def deal(order: np.ndarray, devices: int, accumulate: int) -> np.ndarray:
 def split(values: np.ndarray, rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """``values[rows]`` for rows (steps, batch), the batch split over the mesh; a process touches its share alone."""
 
-    def share(index: tuple[slice, ...]) -> np.ndarray:
+    def share(index: Any) -> np.ndarray:
         return values[rows[index[:2]]]
 
     shape = (*rows.shape, *values.shape[1:])
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, AXIS)), share)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, _AXIS)), share)
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -59,4 +76,6 @@ def local(tree: Any) -> Any:
 
 def over_devices(call: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """``call(state, x, y, count)`` with x and y as `split` makes them, and all else alike on every device."""
-    return jax.shard_map(call, mesh=mesh, in_specs=(P(), P(None, AXIS), P(None, AXIS), P()), out_specs=P())
+    if axis_of(mesh) is None:
+        return call
+    return jax.shard_map(call, mesh=mesh, in_specs=(P(), P(None, _AXIS), P(None, _AXIS), P()), out_specs=P())

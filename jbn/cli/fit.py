@@ -132,24 +132,24 @@ def fit(
 ) -> Fit:
     """Trains from ``start`` to the end of ``order``, each batch split over the mesh in consecutive parts.
 
-    ``step`` is made with ``axis_name=AXIS``.
+    ``step`` is made with ``axis_name=axis_of(mesh)``.
     """
-    epochs, steps, _ = order.shape
-    length = _steps_a_call(order, data.x)
+    steps, length = order.shape[1], _steps_a_call(order, data.x)
     so_far = start._replace(train_state=replicated(start.train_state, mesh))
-    call, compile_s = _compiled(step, length, mesh, so_far.train_state, _feed(data, order[0, :1], length, mesh))
+    call, compile_s = _compiled(step, length, mesh, so_far.train_state, _feed(data, order[0, :1], length, mesh)[1:])
     score = scorer(network)
-    while so_far.steps < epochs * steps:
-        epoch, first = divmod(so_far.steps, steps)
-        rows = order[epoch, first : first + length]
+    feeds = (_feed(data, rows, length, mesh) for rows in _calls(order, so_far.steps, length))
+    feed = next(feeds, None)
+    while feed is not None:
+        count, x, y = feed
         begin = time.perf_counter()
-        train_state, loss, skipped = jax.block_until_ready(
-            call(so_far.train_state, *_feed(data, rows, length, mesh), np.int32(len(rows)))
-        )
-        so_far = so_far.after(train_state, loss, skipped, len(rows), time.perf_counter() - begin)
-        recent = float(so_far.loss[-len(rows) :].mean())
-        report(Progress(len(rows), recent, so_far.accuracy))
-        if first + len(rows) == steps:
+        made = call(so_far.train_state, x, y, np.int32(count))
+        feed = next(feeds, None)  # while the devices are at work
+        train_state, loss, skipped = jax.block_until_ready(made)
+        so_far = so_far.after(train_state, loss, skipped, count, time.perf_counter() - begin)
+        recent = float(so_far.loss[-count:].mean())
+        report(Progress(count, recent, so_far.accuracy))
+        if so_far.steps % steps == 0:
             so_far = so_far.scored(_scores(score, so_far.train_state, data))
             report(Progress(0, recent, so_far.accuracy))
     params, bn_state = local(so_far.train_state[:2])
@@ -198,14 +198,22 @@ def _steps_a_call(order: np.ndarray, x: Any) -> int:
     return max(1, min(_STEPS_A_CALL, steps, fitting))
 
 
-def _feed(data: Data, rows: np.ndarray, length: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """The examples x and y of up to ``length`` steps, filled up to as many."""
+def _calls(order: np.ndarray, first: int, length: int) -> Iterator[np.ndarray]:
+    """The rows of each call from a step on: up to ``length`` steps, none across the end of an epoch."""
+    steps = order.shape[1]
+    for epoch in range(first // steps, len(order)):
+        for i in range(first % steps if epoch == first // steps else 0, steps, length):
+            yield order[epoch, i : i + length]
+
+
+def _feed(data: Data, rows: np.ndarray, length: int, mesh: Mesh) -> tuple[int, jax.Array, jax.Array]:
+    """How many steps, and their examples x and y, filled up to ``length`` steps."""
     filled = np.concatenate([rows, np.repeat(rows[:1], length - len(rows), axis=0)])
-    return split(data.x, filled, mesh), split(data.y, filled, mesh)
+    return len(rows), split(data.x, filled, mesh), split(data.y, filled, mesh)
 
 
 def _compiled(
-    step: Callable[..., Any], length: int, mesh: Mesh, start: TrainState, feed: tuple[jax.Array, jax.Array]
+    step: Callable[..., Any], length: int, mesh: Mesh, start: TrainState, feed: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], float]:
     """Up to ``length`` steps as one program, and the seconds to compile it.
 

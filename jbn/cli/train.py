@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jbn
 from jbn import report
@@ -18,7 +19,7 @@ from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, load_data
-from jbn.cli.devices import AXIS, deal, mesh_of
+from jbn.cli.devices import axis_of, deal, mesh_of
 from jbn.cli.fit import Fit, Progress, SoFar, batch_order, fit
 from jbn.cli.interrupt import interrupts
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
@@ -31,6 +32,7 @@ __all__ = ["run"]
 
 def run(options: TrainOptions) -> None:
     """Trains, compares, and leaves the results in ``options.out``."""
+    mesh = mesh_of(options.devices)
     data = load_data(options.data, options.seed, flat=options.network == "mlp")
     if options.network == "resnet" and data.x.ndim != 4:
         raise BadInput(
@@ -45,7 +47,7 @@ def run(options: TrainOptions) -> None:
     specs = _specs(options, data)
     order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
     with interrupts() as check, new_folder(options.out) as folder:
-        starts, fits = _fits(options, specs, data, order, check)
+        starts, fits = _fits(options, specs, data, order, mesh, check)
         document = _document(options, data, order, starts, fits)
         _save(folder, document, specs, fits, data)
         check()
@@ -57,11 +59,11 @@ def _fits(
     specs: dict[str, NetworkSpec],
     data: Data,
     order: np.ndarray,
+    mesh: Mesh,
     check: Callable[[], None],
 ) -> tuple[dict[str, TrainState], dict[str, Fit]]:
     """Where each network starts, and what its training gives."""
     optimizer = make_optimizer(options)
-    mesh = mesh_of(1)
     dealt = deal(order, mesh.size, options.accumulate)
     starts, fits = {}, {}
     with display.progress(list(specs), order.shape[0] * order.shape[1]) as show:
@@ -80,7 +82,8 @@ def _fits(
                 optimizer,
                 momentum=options.bn_momentum,
                 accumulate=options.accumulate,
-                axis_name=AXIS,
+                axis_name=axis_of(mesh),
+                sync_stats=options.stats == "global",
             )
             fits[name] = fit(network, step, SoFar.at(starts[name]), data, dealt, mesh, tell)
     return starts, fits
@@ -158,6 +161,9 @@ def _document(
         "options": asdict(options),
         "versions": versions | {package: version(package) for package in packages},
         "device": jax.devices()[0].device_kind,
+        "devices": options.shards,
+        "processes": jax.process_count(),
+        "stats": options.stats,
         "data": sizes,
         "steps": order.shape[0] * order.shape[1],
         "held_equal": _held_equal(list(starts.values())),
