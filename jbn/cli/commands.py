@@ -237,9 +237,10 @@ def _on_run(command: str, *arguments: Path | str | None) -> None:
 
 def _train(chosen: TrainOptions) -> None:
     # Imported when the options are known to be good, and where an interrupt is not typer's.
+    from jbn.cli.processes import supervised
     from jbn.cli.train import run
 
-    run(chosen)
+    supervised(chosen, partial(run, chosen))
 
 
 @_app.command()

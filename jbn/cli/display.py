@@ -18,10 +18,10 @@ __all__ = ["progress", "show", "show_lines"]
 
 
 @contextmanager
-def progress(names: Sequence[str], steps: int) -> Iterator[Callable[[str, Progress], None]]:
+def progress(names: Sequence[str], steps: int, shown: bool = True) -> Iterator[Callable[[str, Progress], None]]:
     """Gives ``report(name, progress)``, which moves the bar of one of the runs, if this is a terminal."""
     console = Console()
-    if not sys.stdout.isatty():
+    if not (shown and sys.stdout.isatty()):
         yield lambda name, made: None
         return
     columns = (

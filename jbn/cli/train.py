@@ -3,6 +3,7 @@
 import math
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from jbn.cli.fit import Fit, Progress, SoFar, batch_order, fit
 from jbn.cli.interrupt import interrupts
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
+from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.saving import new_folder, save_model, to_json
 from jbn.training import TrainState, make_train_step
 
@@ -31,8 +33,29 @@ __all__ = ["run"]
 
 
 def run(options: TrainOptions) -> None:
-    """Trains, compares, and leaves the results in ``options.out``."""
-    mesh = mesh_of(options.devices)
+    """Trains, compares, and leaves the results in ``options.out``: one of several processes, or the only one."""
+    with joined(options), interrupts() as check, ExitStack() as stack:
+        with agreed():
+            mesh = mesh_of(options.devices)
+            data = _data(options)
+            folder = stack.enter_context(new_folder(options.out)) if first() else None
+        same("--data", data.digest())
+        specs = _specs(options, data)
+        order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
+        starts, fits = _fits(options, specs, data, order, mesh, check)
+        document = _document(options, data, order, starts, fits)
+        with agreed():
+            if folder is not None:
+                _save(folder, document, specs, fits, data)
+                check()
+                stack.close()
+        shown = first()
+    if shown:
+        display.show(document)
+
+
+def _data(options: TrainOptions) -> Data:
+    """The data, if the options suit them."""
     data = load_data(options.data, options.seed, flat=options.network == "mlp")
     if options.network == "resnet" and data.x.ndim != 4:
         raise BadInput(
@@ -44,14 +67,7 @@ def run(options: TrainOptions) -> None:
             f"--batch-size: got {options.batch_size}; expected at most {len(data.x)}, the size of the "
             f"training set; use a smaller batch."
         )
-    specs = _specs(options, data)
-    order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
-    with interrupts() as check, new_folder(options.out) as folder:
-        starts, fits = _fits(options, specs, data, order, mesh, check)
-        document = _document(options, data, order, starts, fits)
-        _save(folder, document, specs, fits, data)
-        check()
-    display.show(document)
+    return data
 
 
 def _fits(
@@ -66,7 +82,7 @@ def _fits(
     optimizer = make_optimizer(options)
     dealt = deal(order, mesh.size, options.accumulate)
     starts, fits = {}, {}
-    with display.progress(list(specs), order.shape[0] * order.shape[1]) as show:
+    with display.progress(list(specs), order.shape[0] * order.shape[1], first()) as show:
         for name, spec in specs.items():
 
             def tell(made: Progress, name: str = name) -> None:
