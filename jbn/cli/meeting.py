@@ -6,6 +6,7 @@ and when all have come, or it is too late, they are told.
 """
 
 import json
+import os
 import socket
 import time
 from contextlib import ExitStack, suppress
@@ -79,8 +80,8 @@ def _listen(options: TrainOptions, address: tuple[str, int]) -> socket.socket:
         listener = socket.create_server(("", address[1]), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise BadInput(
-            f"--coordinator: got {options.coordinator}, where process 0 cannot listen ({error.strerror or error}); "
-            f"expected a free port of this machine; choose another."
+            f"--coordinator: got {options.coordinator}, where process 0 cannot listen "
+            f"({os.strerror(error.errno or 0)}); expected a free port of this machine; choose another."
         ) from None
     try:
         socket.create_connection(address, timeout=options.timeout).close()

@@ -4,6 +4,7 @@ import atexit
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -33,24 +34,35 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+class _Gone(BadInput):
+    """Another process is not there any more."""
+
+
 def supervised(options: TrainOptions, job: Callable[[], None]) -> None:
     """Runs the job in a child where it is one of several processes, so that its parent can say how it ended.
 
     JAX ends a process from within, with a stack trace, when it hears that another one is gone: nothing in that
-    process has the last word.
+    process is sure to have the last word.
     """
     if options.coordinator is None or not hasattr(os, "fork"):
         return job()
     sys.stdout.flush()
     sys.stderr.flush()
-    parent_lives, write_end = os.pipe()
+    own, its = socket.socketpair()
     child = os.fork()
     if child == 0:
-        os.close(write_end)
-        _as_child(parent_lives)
-        return job()
-    os.close(parent_lives)
+        own.close()
+        _as_child(its)
+        try:
+            return job()
+        except _Gone as error:
+            its.sendall(str(error).encode())
+            os._exit(2)
+    its.close()
     code = _wait(child)
+    last_words = own.makefile().read()
+    if last_words:
+        raise BadInput(last_words)
     if code >= 0:
         raise SystemExit(code)
     name = signal.Signals(-code).name
@@ -60,11 +72,11 @@ def supervised(options: TrainOptions, job: Callable[[], None]) -> None:
     )
 
 
-def _as_child(parent_lives: int) -> None:
-    """Ends with its parent, hears Ctrl-C from it alone, and keeps for itself what is not printed by Python."""
+def _as_child(parent: socket.socket) -> None:
+    """Ends with its parent, hears Ctrl-C from it alone, and keeps to itself what is not printed by Python."""
 
     def end_with_parent() -> None:
-        os.read(parent_lives, 1)
+        parent.recv(1)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -103,21 +115,18 @@ def joined(options: TrainOptions) -> Iterator[None]:
     try:
         yield
         jax.distributed.shutdown()
-    except BadInput:
-        _leave_at_exit(2)
+    except Exception as error:
+        if not isinstance(error, BadInput) and _GONE.search(str(error)):
+            reason = str(error).splitlines()[0].rsplit("] ", 1)[-1].rstrip(". ")
+            raise _Gone(
+                f"--process-id: got process {options.process_id} of {options.num_processes} cut off from the others "
+                f"({reason}); {_AGAIN}"
+            ) from None
+        _leave_at_exit(2 if isinstance(error, BadInput) else 1)
         raise
     except KeyboardInterrupt:
         _leave_at_exit(130)
         raise
-    except Exception as error:
-        _leave_at_exit(2 if _GONE.search(str(error)) else 1)
-        if not _GONE.search(str(error)):
-            raise
-        reason = str(error).splitlines()[0].rsplit("] ", 1)[-1].rstrip(". ")
-        raise BadInput(
-            f"--process-id: got process {options.process_id} of {options.num_processes} cut off from the others "
-            f"({reason}); {_AGAIN}"
-        ) from None
 
 
 def _leave_at_exit(code: int) -> None:
