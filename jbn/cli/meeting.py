@@ -49,7 +49,7 @@ def _hello(options: TrainOptions) -> dict[str, Any]:
 def _receive(options: TrainOptions, address: tuple[str, int], deadline: float) -> None:
     """Process 0: hears the others, and answers all of them alike."""
     own = _hello(options)
-    waiting: dict[int, socket.socket] = {}
+    waiting: list[tuple[int, socket.socket]] = []
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(options, address))
         error = ""
@@ -58,14 +58,14 @@ def _receive(options: TrainOptions, address: tuple[str, int], deadline: float) -
             try:
                 connection = stack.enter_context(listener.accept()[0])
             except TimeoutError:
-                error = _missing(options, waiting)
+                error = _missing(options, {process for process, _ in waiting})
                 break
             connection.settimeout(_PATIENCE_S)
             with suppress(OSError, ValueError, KeyError, TypeError):  # a stranger
                 other = json.loads(connection.makefile("r", encoding="utf-8").readline())
-                process, error = other["process"], _difference(own, other, waiting)
-                waiting[process] = connection
-        for connection in waiting.values():
+                error = _difference(own, other, {process for process, _ in waiting})
+                waiting.append((other["process"], connection))
+        for _, connection in waiting:
             with suppress(OSError):
                 connection.sendall(json.dumps({"error": error}).encode() + b"\n")
     if error:
@@ -94,18 +94,18 @@ def _listen(options: TrainOptions, address: tuple[str, int]) -> socket.socket:
     return listener
 
 
-def _missing(options: TrainOptions, waiting: dict[int, Any]) -> str:
-    absent = [str(process) for process in range(1, options.num_processes or 1) if process not in waiting]
+def _missing(options: TrainOptions, come: set[int]) -> str:
+    absent = [str(process) for process in range(1, options.num_processes or 1) if process not in come]
     return (
-        f"--num-processes: got {len(waiting) + 1} of {options.num_processes} processes within {options.timeout} s, "
+        f"--num-processes: got {len(come) + 1} of {options.num_processes} processes within {options.timeout} s, "
         f"none with --process-id {', '.join(absent)}; expected all of them; start all within --timeout."
     )
 
 
-def _difference(own: dict[str, Any], other: dict[str, Any], waiting: dict[int, Any]) -> str:
+def _difference(own: dict[str, Any], other: dict[str, Any], come: set[int]) -> str:
     """What of another process does not fit this one; nothing if all is well."""
     process = other["process"]
-    if process == 0 or process in waiting:
+    if process == 0 or process in come:
         return f"--process-id: got {process} twice; expected it once; give each process a number of its own."
     for kind in ("options", "versions"):
         for name in own[kind]:
