@@ -183,7 +183,8 @@ class TestOptions:
         shown = capsys.readouterr().out
         options = (
             "network data norm compare no-compare optimizer lr weight-decay hidden widths blocks activation epochs "
-            "batch-size accumulate bn-momentum dtype seed out"
+            "batch-size accumulate bn-momentum dtype seed devices stats coordinator num-processes process-id timeout "
+            "out"
         )
         for option in options.split():
             assert f"--{option}" in shown

@@ -21,8 +21,8 @@ _app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_co
 _UsageError: Any = typer.BadParameter.__base__
 
 
-def parse(argv: Sequence[str]) -> Callable[[], None] | None:
-    """The job that the arguments ask for; None where the answer (``--help``) was given already."""
+def parse(argv: Sequence[str]) -> Callable[[], int | None] | None:
+    """The job that the arguments ask for, which may give an exit code; None where ``--help`` was the answer."""
     try:
         job = typer.main.get_command(_app).main(args=list(argv), prog_name="jbn", standalone_mode=False)
     except _UsageError as error:
@@ -141,7 +141,7 @@ def train(
         Path | None,
         typer.Option(metavar="DIR", help="New folder for the results.  [default: runs/train-<date>-<time>]"),
     ] = None,
-) -> Callable[[], None]:
+) -> Callable[[], int | None]:
     """Train a network with and without batch norm, side by side, and show the difference.
 
     The defaults are the network of the paper's figure 1: three hidden layers of sigmoids, trained with
@@ -235,12 +235,12 @@ def _on_run(command: str, *arguments: Path | str | None) -> None:
     import_module(f"jbn.cli.{command}").run(*arguments)
 
 
-def _train(chosen: TrainOptions) -> None:
+def _train(chosen: TrainOptions) -> int | None:
     # Imported when the options are known to be good, and where an interrupt is not typer's.
     from jbn.cli.processes import supervised
     from jbn.cli.train import run
 
-    supervised(chosen, partial(run, chosen))
+    return supervised(chosen, partial(run, chosen))
 
 
 @_app.command()

@@ -38,8 +38,10 @@ class _Gone(BadInput):
     """Another process is not there any more."""
 
 
-def supervised(options: TrainOptions, job: Callable[[], None]) -> None:
+def supervised(options: TrainOptions, job: Callable[[], int | None]) -> int | None:
     """Runs the job in a child where it is one of several processes, so that its parent can say how it ended.
+
+    Returns the child's exit code, in the parent.
 
     JAX ends a process from within, with a stack trace, when it hears that another one is gone: nothing in that
     process is sure to have the last word.
@@ -64,7 +66,7 @@ def supervised(options: TrainOptions, job: Callable[[], None]) -> None:
     if last_words:
         raise BadInput(last_words)
     if code >= 0:
-        raise SystemExit(code)
+        return code
     name = signal.Signals(-code).name
     why = ", as JAX does where another one is gone" if name == "SIGABRT" else ""
     raise BadInput(
