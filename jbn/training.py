@@ -105,6 +105,17 @@ def make_train_step(
         >>> bool(metrics["loss"] < 0.3), int(train_state.step)
         (True, 100)
 
+        The batch split over all devices, each of which normalizes with its own share:
+
+        >>> from jax.sharding import NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> local = make_train_step(apply, loss_fn, optimizer, axis_name="data", sync_stats=False)
+        >>> sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+        >>> batch = jax.device_put((x, y), NamedSharding(mesh, P("data")))
+        >>> train_state, metrics = sharded(train_state, batch)
+        >>> bool(metrics["loss"] < 0.4), int(train_state.step)
+        (True, 101)
+
     Keras: ``model.fit``. Flax: a ``TrainState`` with ``batch_stats`` added by hand.
 
     References:

@@ -105,16 +105,16 @@ def joined(options: TrainOptions) -> Iterator[None]:
         yield
         return
     meet(options)
-    jax.distributed.initialize(
-        options.coordinator,
-        options.num_processes,
-        options.process_id,
-        cluster_detection_method="deactivate",
-        initialization_timeout=options.timeout,
-        heartbeat_timeout_seconds=_HEARTBEAT_S,
-        shutdown_timeout_seconds=_HEARTBEAT_S,
-    )
     try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            cluster_detection_method="deactivate",
+            initialization_timeout=options.timeout,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_HEARTBEAT_S,
+        )
         yield
         jax.distributed.shutdown()
     except Exception as error:
