@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from jbn import _checks, _checks_axes
 from jbn._core import bn_update_stats
 from jbn._moments import bn_merge_stats
-from jbn._named_axes import axis_total, enter, varying_axes
+from jbn._named_axes import all_gather, axis_total, enter, varying_axes
 
 __all__ = ["TrainState", "make_train_step"]
 
@@ -51,6 +52,7 @@ def make_train_step(
     momentum: Any = 0.9,
     accumulate: int = 1,
     axis_name: Any = None,
+    sync_stats: bool = True,
     skip_nonfinite: bool = True,
 ) -> Callable[[TrainState, tuple[Any, Any]], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes a pure ``step(train_state, (x, y)) -> (train_state, metrics)``, for you to jit.
@@ -70,6 +72,9 @@ def make_train_step(
         axis_name: name, or names, of the mesh axes of an enclosing `jax.shard_map` over which the batch
             is split (same size on each device) and the train state replicated. It is passed on to
             ``apply``; train state and metrics come out replicated, equal to a step on the whole batch.
+        sync_stats: False to let each device normalize with the statistics of its own share, by not passing
+            ``axis_name`` on to ``apply``: ghost batches, one a device. What the devices showed is merged
+            before it updates the running statistics, so that those are replicated too.
         skip_nonfinite: whether a step whose loss or any gradient is not finite changes nothing but
             ``step``: no parameter, running statistic or optimizer state.
 
@@ -100,6 +105,17 @@ def make_train_step(
         >>> bool(metrics["loss"] < 0.3), int(train_state.step)
         (True, 100)
 
+        The batch split over all devices, each of which normalizes with its own share:
+
+        >>> from jax.sharding import NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+        >>> local = make_train_step(apply, loss_fn, optimizer, axis_name="data", sync_stats=False)
+        >>> sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+        >>> batch = jax.device_put((x, y), NamedSharding(mesh, P("data")))
+        >>> train_state, metrics = sharded(train_state, batch)
+        >>> bool(metrics["loss"] < 0.4), int(train_state.step)
+        (True, 101)
+
     Keras: ``model.fit``. Flax: a ``TrainState`` with ``batch_stats`` added by hand.
 
     References:
@@ -110,7 +126,8 @@ def make_train_step(
     parts = _as_accumulate(accumulate)
     guarded = _checks.as_flag("skip_nonfinite", skip_nonfinite)
     optimizer = optax.with_extra_args_support(optimizer)
-    options = {"train": True, "axis_name": axis_name} if names else {"train": True}
+    synced = _checks.as_flag("sync_stats", sync_stats)
+    options = {"train": True, "axis_name": axis_name} if names and synced else {"train": True}
 
     def objective(params, bn_state, batch):
         x, y = batch
@@ -125,6 +142,8 @@ def make_train_step(
             axis_total(names)  # an unbound name is an error that says so
         micro = _split(batch, parts)
         loss, stats, grads = _mean_gradient(objective, params, bn_state, micro, parts, names)
+        if not synced:
+            stats = _merged(stats, names)
 
         def value_fn(params):
             losses = lax.map(lambda one: objective(params, bn_state, one)[0], micro)
@@ -181,6 +200,14 @@ def _over_devices(grads, names):
     if checked:
         grads = lax.psum(grads, checked)
     return lax.pmean(grads, unchecked) if unchecked else grads
+
+
+def _merged(stats, names):
+    """The statistics of all devices, merged: one exchange for each axis, whatever the number of layers."""
+    for name in names if jax.tree.leaves(stats) else ():
+        flat, restore = ravel_pytree(stats)
+        stats = bn_merge_stats(jax.vmap(restore)(all_gather(flat, (name,))), axis=0)
+    return stats
 
 
 def _split(batch: Any, parts: int) -> Any:

@@ -18,7 +18,8 @@ import jbn.cli.fit
 import jbn.cli.train
 from jbn.cli import main
 from jbn.cli.data import load_data
-from jbn.cli.fit import Fit, batch_order, fit
+from jbn.cli.devices import mesh_of
+from jbn.cli.fit import Fit, SoFar, batch_order, fit
 from jbn.cli.network import NetworkSpec, build, loss_fn
 from jbn.cli.saving import load_model, save_model, to_json
 from jbn.networks import mlp
@@ -182,7 +183,8 @@ class TestOptions:
         shown = capsys.readouterr().out
         options = (
             "network data norm compare no-compare optimizer lr weight-decay hidden widths blocks activation epochs "
-            "batch-size accumulate bn-momentum dtype seed out"
+            "batch-size accumulate bn-momentum dtype seed devices stats coordinator num-processes process-id timeout "
+            "out"
         )
         for option in options.split():
             assert f"--{option}" in shown
@@ -271,7 +273,7 @@ class TestPieces:
         monkeypatch.setattr(jbn.cli.fit, "_STEPS_A_CALL", 3)
         monkeypatch.setattr(jbn.cli.fit, "_ROWS_A_CALL", 5)
         reports = []
-        done = fit(network, step, start, loaded, order, reports.append)
+        done = fit(network, step, SoFar.at(start), loaded, order, mesh_of(1), reports.append)
         np.testing.assert_allclose(done.loss, losses, rtol=1e-5)
         np.testing.assert_allclose(done.epochs["test_accuracy"], accuracies)
         for a, b in zip(jax.tree.leaves(done.params), jax.tree.leaves(train_state.params), strict=True):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -122,6 +123,11 @@ BAD_DATA = {
     ),
 }
 
+TOGETHER = (
+    "expected --coordinator, --num-processes and --process-id together; "
+    "as in --coordinator localhost:1234 --num-processes 2 --process-id 0."
+)
+
 BAD_OPTIONS = {
     "--norm x": "--norm: got 'x'; expected one of z, a, none; as in --norm z.",
     "--optimizer lbfgs": "--optimizer: got 'lbfgs'; expected one of sgd, momentum, rmsprop, adam; "
@@ -149,6 +155,26 @@ BAD_OPTIONS = {
     "--batch-size 4 --accumulate 4": "--batch-size: got 4 with --accumulate 4; expected at least 2 examples in a "
     "microbatch, since the variance of one is 0; use a larger --batch-size.",
     "--batch-size 17": "--batch-size: got 17; expected at most 16, the size of the training set; use a smaller batch.",
+    "--devices 0": "--devices: got 0; expected a whole number of at least 1; as in --devices 4.",
+    "--batch-size 16 --accumulate 2 --devices 3": "--devices: got 3 for --batch-size 16 --accumulate 2; expected a "
+    "number that divides the examples of a microbatch, 8; pass sizes that divide, as in --batch-size 64 --devices 4.",
+    "--batch-size 16 --devices 16": "--devices: got 16; expected at most 8, as many as there are of cpu; "
+    "pass --devices 8.",
+    "--batch-size 4 --devices 4 --stats local": "--devices: got 4 for --batch-size 4 with --stats local; expected at "
+    "least 2 examples a device, since the variance of one is 0; use fewer devices, or --stats global.",
+    "--stats mine": "--stats: got 'mine'; expected one of global, local; as in --stats global.",
+    "--coordinator localhost": "--coordinator: got 'localhost'; expected HOST:PORT; "
+    "as in --coordinator localhost:1234.",
+    "--coordinator localhost:65536": "--coordinator: got 'localhost:65536'; expected HOST:PORT; "
+    "as in --coordinator localhost:1234.",
+    "--process-id 0": f"--process-id: got --process-id alone; {TOGETHER}",
+    "--coordinator a:1 --num-processes 2": f"--coordinator: got --coordinator and --num-processes alone; {TOGETHER}",
+    "--coordinator a:1 --num-processes 2 --process-id 2": "--process-id: got 2 with --num-processes 2; "
+    "expected 0 to 1; give each process a number of its own.",
+    "--batch-size 16 --coordinator a:1 --num-processes 3 --process-id 0 --devices 2": "--devices: got 2 in each of 3 "
+    "processes for --batch-size 16; expected a number that divides the examples of a microbatch, 16; pass sizes that "
+    "divide, as in --batch-size 64 --devices 4.",
+    "--timeout 0": "--timeout: got 0; expected a whole number of at least 1; as in --timeout 60.",
 }
 
 
@@ -175,6 +201,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("arguments", BAD_OPTIONS)
     def test_options(self, tmp_path, capsys, data, arguments):
+        assert jax.device_count() == 8  # before a run could ask for another number
         message = self.refused(capsys, tmp_path, "--data", data, *arguments.split())
         assert message == BAD_OPTIONS[arguments]
 

@@ -225,7 +225,15 @@ class Contract:
     ): ...
 
     def make_train_step(
-        apply, loss_fn, optimizer, *, momentum=0.9, accumulate=1, axis_name=None, skip_nonfinite=True
+        apply,
+        loss_fn,
+        optimizer,
+        *,
+        momentum=0.9,
+        accumulate=1,
+        axis_name=None,
+        sync_stats=True,
+        skip_nonfinite=True,
     ): ...
 
 

@@ -1,9 +1,10 @@
 """The command line: ``jbn train`` and ``jbn bench``. The only place in the package that prints.
 
 What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
-``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``train`` puts
-them together; ``runs`` reads one again, for ``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run
-while it goes, and what came out.
+``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``devices``
+where its arrays lie; ``meeting`` and ``processes`` how several processes are one run; ``train`` puts them
+together; ``runs`` reads one again, for ``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it
+goes, and what came out.
 """
 
 import sys
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
         job = parse(sys.argv[1:] if argv is None else argv)
         if job is not None:
-            job()
+            return job() or 0
     except BadInput as error:
         print(f"jbn: {error}", file=sys.stderr)
         return 2

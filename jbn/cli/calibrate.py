@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jbn
@@ -32,7 +31,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     with new_file(out) as work:
         # Cut evenly: a last batch of one example would have no variance.
         cuts = np.array_split(np.arange(len(data.x)), -(-len(data.x) // _BATCH))
-        batches = [data.x[jnp.asarray(rows)] for rows in cuts]
+        batches = [data.x[rows] for rows in cuts]
         apply = jax.jit(partial(network.apply, train=True))
         with refusing(made.file):
             state = jbn.bn_calibrate(apply, made.params, made.state, batches, progress=sys.stdout.isatty())

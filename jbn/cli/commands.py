@@ -12,7 +12,7 @@ from jbn.cli import options
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench import options as bench_options
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.options import TrainOptions, choice, fresh_folder, integer, of_network, real, sizes
+from jbn.cli.options import TrainOptions, address, choice, fresh_folder, integer, of_network, real, sizes
 
 __all__ = ["parse"]
 
@@ -21,8 +21,8 @@ _app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_co
 _UsageError: Any = typer.BadParameter.__base__
 
 
-def parse(argv: Sequence[str]) -> Callable[[], None] | None:
-    """The job that the arguments ask for; None where the answer (``--help``) was given already."""
+def parse(argv: Sequence[str]) -> Callable[[], int | None] | None:
+    """The job that the arguments ask for, which may give an exit code; None where ``--help`` was the answer."""
     try:
         job = typer.main.get_command(_app).main(args=list(argv), prog_name="jbn", standalone_mode=False)
     except _UsageError as error:
@@ -118,11 +118,30 @@ def train(
     seed: Annotated[
         int, _option(integer("--seed", 0, 0, 2**32 - 1), "INT", "Of the split, the initial W and the order.")
     ] = 0,
+    devices: Annotated[
+        int, _option(integer("--devices", 1, 4), "INT", "Devices of each process, over which a batch is split.")
+    ] = 1,
+    stats: Annotated[
+        str, _words("--stats", options.STATS, "Normalize with the whole batch, or each device with its own share.")
+    ] = "global",
+    coordinator: Annotated[
+        str | None,
+        _option(address("--coordinator"), "HOST:PORT", "Where process 0 waits for the others, if there are several."),
+    ] = None,
+    num_processes: Annotated[
+        int | None, _option(integer("--num-processes", 1, 2), "INT", "How many take part; with --coordinator.")
+    ] = None,
+    process_id: Annotated[
+        int | None, _option(integer("--process-id", 0, 0), "INT", "Which of them this is; 0 shows and writes.")
+    ] = None,
+    timeout: Annotated[
+        int, _option(integer("--timeout", 1, 60), "SECONDS", "How long processes wait for each other to start.")
+    ] = 60,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="New folder for the results.  [default: runs/train-<date>-<time>]"),
     ] = None,
-) -> Callable[[], None]:
+) -> Callable[[], int | None]:
     """Train a network with and without batch norm, side by side, and show the difference.
 
     The defaults are the network of the paper's figure 1: three hidden layers of sigmoids, trained with
@@ -142,6 +161,12 @@ def train(
         target_loss=target_loss,
         dtype=dtype,
         seed=seed,
+        devices=devices,
+        stats=stats,
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
+        timeout=timeout,
         **of_network(network, lr=lr, hidden=hidden, widths=widths, blocks=blocks, activation=activation, epochs=epochs),
     )
     return partial(_train, chosen)
@@ -210,11 +235,12 @@ def _on_run(command: str, *arguments: Path | str | None) -> None:
     import_module(f"jbn.cli.{command}").run(*arguments)
 
 
-def _train(chosen: TrainOptions) -> None:
+def _train(chosen: TrainOptions) -> int | None:
     # Imported when the options are known to be good, and where an interrupt is not typer's.
+    from jbn.cli.processes import supervised
     from jbn.cli.train import run
 
-    run(chosen)
+    return supervised(chosen, partial(run, chosen))
 
 
 @_app.command()

@@ -18,10 +18,10 @@ __all__ = ["progress", "show", "show_lines"]
 
 
 @contextmanager
-def progress(names: Sequence[str], steps: int) -> Iterator[Callable[[str, Progress], None]]:
+def progress(names: Sequence[str], steps: int, shown: bool = True) -> Iterator[Callable[[str, Progress], None]]:
     """Gives ``report(name, progress)``, which moves the bar of one of the runs, if this is a terminal."""
     console = Console()
-    if not sys.stdout.isatty():
+    if not (shown and sys.stdout.isatty()):
         yield lambda name, made: None
         return
     columns = (
@@ -58,6 +58,9 @@ def show(document: dict[str, Any]) -> None:
     if any(run["skipped_steps"] for run in summary.values()):
         table.add_row("steps skipped (not finite)", *(str(run["skipped_steps"]) for run in summary.values()))
     console.print(table)
+    if document["devices"] > 1:
+        several = f" in {document['processes']} processes" if document["processes"] > 1 else ""
+        console.print(f"{document['devices']} devices{several}, {document['stats']} statistics.", highlight=False)
     if document["held_equal"]:
         console.print(f"Held equal: {', '.join(document['held_equal'])}.", highlight=False)
     console.print(f"Results in {escape(str(options['out']))}", highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """One training run: many steps a call, so that Python costs nothing, with a report after each call."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -8,19 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from jbn.cli.data import Data
+from jbn.cli.devices import local, over_devices, replicated, split
 from jbn.cli.network import loss_fn
 from jbn.networks import Network
 from jbn.training import TrainState
 
-__all__ = ["Fit", "Progress", "batch_order", "evaluate", "fit", "rows_of", "scorer"]
+__all__ = ["Fit", "Progress", "SoFar", "batch_order", "evaluate", "fit", "rows_of", "scorer"]
 
 # Steps in one call: enough to hide the call, few enough for a live display of a long epoch.
 _STEPS_A_CALL = 64
+_BYTES_A_CALL = 2**26
 _ROWS_A_CALL = 2048
 # Mini-batch losses are averaged over so many steps before they are held against a target.
 _WINDOW = 10
+_SCORES = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
 
 
 class Progress(NamedTuple):
@@ -29,6 +34,55 @@ class Progress(NamedTuple):
     steps: int
     loss: float
     accuracy: float | None
+
+
+class SoFar(NamedTuple):
+    """What a run carries from call to call: all that it takes to go on from there.
+
+    Attributes:
+        train_state: the same on every device.
+        loss: (steps,) of each mini-batch up to here, in training mode.
+        skipped: (steps,) bool, steps without an update because something was not finite.
+        epochs: for each finished epoch the loss and accuracy on both sets, with running statistics.
+        times: ms a step, of each call.
+    """
+
+    train_state: TrainState
+    loss: np.ndarray
+    skipped: np.ndarray
+    epochs: dict[str, list[float]]
+    times: list[float]
+
+    @classmethod
+    def at(cls, train_state: TrainState) -> "SoFar":
+        """A run that has made no step."""
+        return cls(train_state, np.zeros(0, np.float32), np.zeros(0, bool), {name: [] for name in _SCORES}, [])
+
+    @property
+    def steps(self) -> int:
+        """How many steps were made."""
+        return len(self.loss)
+
+    @property
+    def accuracy(self) -> float | None:
+        """On the test set, after the last epoch."""
+        seen = self.epochs["test_accuracy"]
+        return seen[-1] if seen else None
+
+    def after(self, train_state: TrainState, loss: Any, skipped: Any, count: int, seconds: float) -> "SoFar":
+        """The run after a call of ``count`` steps."""
+        loss, skipped = (np.asarray(local(made))[:count] for made in (loss, skipped))
+        return SoFar(
+            train_state,
+            np.concatenate([self.loss, loss]),
+            np.concatenate([self.skipped, skipped]),
+            self.epochs,
+            [*self.times, 1e3 * seconds / count],
+        )
+
+    def scored(self, scores: dict[str, float]) -> "SoFar":
+        """The run with what was found at the end of an epoch."""
+        return self._replace(epochs={name: [*seen, scores[name]] for name, seen in self.epochs.items()})
 
 
 class Fit(NamedTuple):
@@ -70,48 +124,45 @@ def batch_order(examples: int, batch_size: int, epochs: int, seed: int) -> np.nd
 def fit(
     network: Network,
     step: Callable[..., Any],
-    start: TrainState,
+    start: SoFar,
     data: Data,
     order: np.ndarray,
+    mesh: Mesh,
     report: Callable[[Progress], None],
 ) -> Fit:
-    """Trains from ``start`` over batches in the given order."""
-    _, steps, batch_size = order.shape
-    length = min(_STEPS_A_CALL, steps)
-    call, compile_s = _compiled(step, length, start, data, jnp.zeros((length, batch_size), jnp.int32))
+    """Trains from ``start`` to the end of ``order``, each batch split over the mesh in consecutive parts.
+
+    ``step`` is made with ``axis_name=axis_of(mesh)``.
+    """
+    steps, length = order.shape[1], _steps_a_call(order, data.x)
+    so_far = start._replace(train_state=replicated(start.train_state, mesh))
+    call, compile_s = _compiled(step, length, mesh, so_far.train_state, _feed(data, order[0, :1], length, mesh)[1:])
     score = scorer(network)
-    train_state, losses, skipped, times = start, [], [], []
-    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    epochs: dict[str, list[float]] = {name: [] for name in names}
-    for epoch in order:
-        for rows in _calls(epoch, length):
-            padded = np.zeros((length, batch_size), np.int32)
-            padded[: len(rows)] = rows
-            begin = time.perf_counter()
-            train_state, loss, skips = jax.block_until_ready(
-                call(train_state, data.x, data.y, padded, np.int32(len(rows)))
-            )
-            times.append(1e3 * (time.perf_counter() - begin) / len(rows))
-            losses.append(np.asarray(loss)[: len(rows)])
-            skipped.append(np.asarray(skips)[: len(rows)])
-            seen = epochs["test_accuracy"]
-            report(Progress(len(rows), float(losses[-1].mean()), seen[-1] if seen else None))
-        results = [
-            *evaluate(score, train_state.params, train_state.bn_state, data.x, data.y),
-            *evaluate(score, train_state.params, train_state.bn_state, data.x_test, data.y_test),
-        ]
-        for name, value in zip(names, results, strict=True):
-            epochs[name].append(value)
-        report(Progress(0, float(losses[-1].mean()), epochs["test_accuracy"][-1]))
-    return Fit(
-        train_state.params,
-        train_state.bn_state,
-        np.concatenate(losses),
-        np.concatenate(skipped),
-        epochs,
-        float(np.median(times)),
-        compile_s,
-    )
+    feeds = (_feed(data, rows, length, mesh) for rows in _calls(order, so_far.steps, length))
+    feed = next(feeds, None)
+    while feed is not None:
+        count, x, y = feed
+        begin = time.perf_counter()
+        made = call(so_far.train_state, x, y, np.int32(count))
+        feed = next(feeds, None)  # while the devices are at work
+        train_state, loss, skipped = jax.block_until_ready(made)
+        so_far = so_far.after(train_state, loss, skipped, count, time.perf_counter() - begin)
+        recent = float(so_far.loss[-count:].mean())
+        report(Progress(count, recent, so_far.accuracy))
+        if so_far.steps % steps == 0:
+            so_far = so_far.scored(_scores(score, so_far.train_state, data))
+            report(Progress(0, recent, so_far.accuracy))
+    params, bn_state = local(so_far.train_state[:2])
+    ms_per_step = float(np.median(so_far.times)) if so_far.times else math.nan
+    return Fit(params, bn_state, so_far.loss, so_far.skipped, so_far.epochs, ms_per_step, compile_s)
+
+
+def _scores(score: Callable[..., Any], train_state: TrainState, data: Data) -> dict[str, float]:
+    """Loss and accuracy on both sets. Every process finds the same by itself, on one of its devices."""
+    params, bn_state = local(train_state[:2])
+    train = evaluate(score, params, bn_state, data.x, data.y)
+    test = evaluate(score, params, bn_state, data.x_test, data.y_test)
+    return dict(zip(_SCORES, (*train, *test), strict=True))
 
 
 def evaluate(score: Callable[..., Any], params: Any, state: Any, x: Any, y: Any) -> tuple[float, float]:
@@ -140,28 +191,44 @@ def scorer(network: Network) -> Callable[..., Any]:
     return jax.jit(score)
 
 
-def _calls(epoch: np.ndarray, length: int) -> Iterator[np.ndarray]:
-    for i in range(0, len(epoch), length):
-        yield epoch[i : i + length]
+def _steps_a_call(order: np.ndarray, x: Any) -> int:
+    """How many steps go into one call: fewer of large batches, which wait in memory."""
+    _, steps, batch_size = order.shape
+    fitting = _BYTES_A_CALL // (batch_size * x[:1].nbytes)
+    return max(1, min(_STEPS_A_CALL, steps, fitting))
+
+
+def _calls(order: np.ndarray, first: int, length: int) -> Iterator[np.ndarray]:
+    """The rows of each call from a step on: up to ``length`` steps, none across the end of an epoch."""
+    steps = order.shape[1]
+    for epoch in range(first // steps, len(order)):
+        for i in range(first % steps if epoch == first // steps else 0, steps, length):
+            yield order[epoch, i : i + length]
+
+
+def _feed(data: Data, rows: np.ndarray, length: int, mesh: Mesh) -> tuple[int, jax.Array, jax.Array]:
+    """How many steps, and their examples x and y, filled up to ``length`` steps."""
+    filled = np.concatenate([rows, np.repeat(rows[:1], length - len(rows), axis=0)])
+    return len(rows), split(data.x, filled, mesh), split(data.y, filled, mesh)
 
 
 def _compiled(
-    step: Callable[..., Any], length: int, start: TrainState, data: Data, rows: Any
+    step: Callable[..., Any], length: int, mesh: Mesh, start: TrainState, feed: tuple[Any, ...]
 ) -> tuple[Callable[..., Any], float]:
     """Up to ``length`` steps as one program, and the seconds to compile it.
 
     The number of steps is a runtime value, so that a short last call needs no second program.
     """
 
-    def call(train_state, x, y, rows, count):
+    def call(train_state, x, y, count):
         def body(i, carry):
             train_state, losses, skipped = carry
-            train_state, metrics = step(train_state, (x[rows[i]], y[rows[i]]))
+            train_state, metrics = step(train_state, (x[i], y[i]))
             return train_state, losses.at[i].set(metrics["loss"]), skipped.at[i].set(metrics["skipped"])
 
         blank = jnp.full((length,), jnp.nan, jnp.float32), jnp.zeros((length,), bool)
         return lax.fori_loop(0, count, body, (train_state, *blank))
 
     begin = time.perf_counter()
-    program = jax.jit(call).lower(start, data.x, data.y, rows, np.int32(1)).compile()
+    program = jax.jit(over_devices(call, mesh)).lower(start, *feed, np.int32(1)).compile()
     return program, time.perf_counter() - begin

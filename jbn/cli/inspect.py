@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from jbn import report
 from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
@@ -27,7 +25,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     size = min(made.options["batch_size"], len(data.x))
     if size < 2:
         raise BadInput("--data: got a training set of 1 example; expected at least 2; add examples.")
-    rows = jnp.asarray(batch_order(len(data.x), size, 1, made.options["seed"])[0, 0])
+    rows = batch_order(len(data.x), size, 1, made.options["seed"])[0, 0]
     _, stats = network.apply(made.params, made.state, data.x[rows], train=True)
     table = report.summary(made.params, made.state, stats)
     with replaced_files(folder) if out is None else new_folder(out) as place:

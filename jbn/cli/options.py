@@ -16,7 +16,9 @@ __all__ = [
     "NETWORKS",
     "NORMS",
     "OPTIMIZERS",
+    "STATS",
     "TrainOptions",
+    "address",
     "choice",
     "fresh_folder",
     "integer",
@@ -30,6 +32,7 @@ NORMS = ("z", "a", "none")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
 ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
 DTYPES = ("float32", "bfloat16")
+STATS = ("global", "local")
 
 
 # What the options are that were not given. Those of the other network have no meaning.
@@ -68,6 +71,17 @@ class TrainOptions:
     target_loss: float
     dtype: str
     seed: int
+    devices: int
+    stats: str
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+    timeout: int
+
+    @property
+    def shards(self) -> int:
+        """The devices of all processes together, each of which has its share of a batch."""
+        return self.devices * (self.num_processes or 1)
 
     def __post_init__(self) -> None:
         if self.network == "resnet" and self.norm == "a":
@@ -84,6 +98,40 @@ class TrainOptions:
             raise BadInput(
                 f"--batch-size: got {self.batch_size} with --accumulate {self.accumulate}; expected at least "
                 f"2 examples in a microbatch, since the variance of one is 0; use a larger --batch-size."
+            )
+        self._check_processes()
+        self._check_shards()
+
+    def _check_processes(self) -> None:
+        together = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
+        given = [f"--{name.replace('_', '-')}" for name, value in together.items() if value is not None]
+        if 0 < len(given) < len(together):
+            raise BadInput(
+                f"{given[0]}: got {' and '.join(given)} alone; expected --coordinator, --num-processes and "
+                f"--process-id together; as in --coordinator localhost:1234 --num-processes 2 --process-id 0."
+            )
+        if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
+            raise BadInput(
+                f"--process-id: got {self.process_id} with --num-processes {self.num_processes}; expected 0 to "
+                f"{self.num_processes - 1}; give each process a number of its own."
+            )
+
+    def _check_shards(self) -> None:
+        micro, name = self.batch_size // self.accumulate, f"--batch-size {self.batch_size}"
+        if self.accumulate > 1:
+            name += f" --accumulate {self.accumulate}"
+        got = f"--devices: got {self.devices}"
+        if self.num_processes is not None:
+            got += f" in each of {self.num_processes} processes"
+        if micro % self.shards:
+            raise BadInput(
+                f"{got} for {name}; expected a number that divides the examples of a microbatch, {micro}; "
+                f"pass sizes that divide, as in --batch-size 64 --devices 4."
+            )
+        if self.stats == "local" and self.norm != "none" and micro == self.shards:
+            raise BadInput(
+                f"{got} for {name} with --stats local; expected at least 2 examples a device, since the variance of "
+                f"one is 0; use fewer devices, or --stats global."
             )
 
 
@@ -111,6 +159,18 @@ def choice(option: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:
     def parse(raw: Any) -> str:
         if raw not in allowed:
             raise BadInput(f"{option}: got {raw!r}; expected one of {', '.join(allowed)}; as in {option} {allowed[0]}.")
+        return raw
+
+    return parse
+
+
+def address(option: str) -> Callable[[Any], str]:
+    """A parser for HOST:PORT."""
+
+    def parse(raw: Any) -> str:
+        host, _, port = str(raw).rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+            raise BadInput(f"{option}: got {raw!r}; expected HOST:PORT; as in {option} localhost:1234.")
         return raw
 
     return parse

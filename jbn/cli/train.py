@@ -3,6 +3,7 @@
 import math
 import platform
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jbn
 from jbn import report
@@ -18,10 +20,12 @@ from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, load_data
-from jbn.cli.fit import Fit, Progress, batch_order, fit
+from jbn.cli.devices import axis_of, deal, mesh_of
+from jbn.cli.fit import Fit, Progress, SoFar, batch_order, fit
 from jbn.cli.interrupt import interrupts
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
+from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.saving import new_folder, save_model, to_json
 from jbn.training import TrainState, make_train_step
 
@@ -29,7 +33,29 @@ __all__ = ["run"]
 
 
 def run(options: TrainOptions) -> None:
-    """Trains, compares, and leaves the results in ``options.out``."""
+    """Trains, compares, and leaves the results in ``options.out``: one of several processes, or the only one."""
+    with joined(options), interrupts() as check, ExitStack() as stack:
+        with agreed():
+            mesh = mesh_of(options.devices)
+            data = _data(options)
+            folder = stack.enter_context(new_folder(options.out)) if first() else None
+        same("--data", data.digest())
+        specs = _specs(options, data)
+        order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
+        starts, fits = _fits(options, specs, data, order, mesh, check)
+        document = _document(options, data, order, starts, fits)
+        with agreed():
+            if folder is not None:
+                _save(folder, document, specs, fits, data)
+                check()
+                stack.close()
+        shown = first()
+    if shown:
+        display.show(document)
+
+
+def _data(options: TrainOptions) -> Data:
+    """The data, if the options suit them."""
     data = load_data(options.data, options.seed, flat=options.network == "mlp")
     if options.network == "resnet" and data.x.ndim != 4:
         raise BadInput(
@@ -41,14 +67,7 @@ def run(options: TrainOptions) -> None:
             f"--batch-size: got {options.batch_size}; expected at most {len(data.x)}, the size of the "
             f"training set; use a smaller batch."
         )
-    specs = _specs(options, data)
-    order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
-    with interrupts() as check, new_folder(options.out) as folder:
-        starts, fits = _fits(options, specs, data, order, check)
-        document = _document(options, data, order, starts, fits)
-        _save(folder, document, specs, fits, data)
-        check()
-    display.show(document)
+    return data
 
 
 def _fits(
@@ -56,12 +75,14 @@ def _fits(
     specs: dict[str, NetworkSpec],
     data: Data,
     order: np.ndarray,
+    mesh: Mesh,
     check: Callable[[], None],
 ) -> tuple[dict[str, TrainState], dict[str, Fit]]:
     """Where each network starts, and what its training gives."""
     optimizer = make_optimizer(options)
+    dealt = deal(order, mesh.size, options.accumulate)
     starts, fits = {}, {}
-    with display.progress(list(specs), order.shape[0] * order.shape[1]) as show:
+    with display.progress(list(specs), order.shape[0] * order.shape[1], first()) as show:
         for name, spec in specs.items():
 
             def tell(made: Progress, name: str = name) -> None:
@@ -77,8 +98,10 @@ def _fits(
                 optimizer,
                 momentum=options.bn_momentum,
                 accumulate=options.accumulate,
+                axis_name=axis_of(mesh),
+                sync_stats=options.stats == "global",
             )
-            fits[name] = fit(network, step, starts[name], data, order, tell)
+            fits[name] = fit(network, step, SoFar.at(starts[name]), data, dealt, mesh, tell)
     return starts, fits
 
 
@@ -154,6 +177,9 @@ def _document(
         "options": asdict(options),
         "versions": versions | {package: version(package) for package in packages},
         "device": jax.devices()[0].device_kind,
+        "devices": options.shards,
+        "processes": jax.process_count(),
+        "stats": options.stats,
         "data": sizes,
         "steps": order.shape[0] * order.shape[1],
         "held_equal": _held_equal(list(starts.values())),

@@ -1,0 +1,81 @@
+"""The devices of a run: a mesh of one axis, each batch split over it, all else alike on every device."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jbn.cli.bad_input import BadInput
+
+__all__ = ["axis_of", "deal", "local", "mesh_of", "over_devices", "replicated", "split"]
+
+_AXIS = "data"
+
+
+def mesh_of(devices: int) -> Mesh:
+    """The first so many devices of every process; on a CPU as many are made, if JAX has not started yet."""
+    if devices > 1:
+        with contextlib.suppress(RuntimeError):  # what JAX says once it has started
+            jax.config.update("jax_num_cpu_devices", devices)
+    own: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        own.setdefault(device.process_index, []).append(device)
+    fewest = min(map(len, own.values()))
+    if devices > fewest:
+        raise BadInput(
+            f"--devices: got {devices}; expected at most {fewest}, as many as there are of {jax.default_backend()}; "
+            f"pass --devices {fewest}."
+        )
+    chosen = [device for process in sorted(own) for device in own[process][:devices]]
+    return Mesh(np.array(chosen), (_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def axis_of(mesh: Mesh) -> str | None:
+    """The name to synchronize over; None for one device, where XLA:CPU would keep the collectives and their cost."""
+    return None if mesh.size == 1 else _AXIS
+
+
+def deal(order: np.ndarray, devices: int, accumulate: int) -> np.ndarray:
+    """The rows (…, batch) in the order in which each device's share is consecutive.
+
+    A device splits its share into microbatches by itself. So that microbatch j holds the same rows on any number
+    of devices, each device is dealt its part of every microbatch.
+    """
+    by_micro = order.reshape(*order.shape[:-1], accumulate, devices, -1)
+    return by_micro.swapaxes(-3, -2).reshape(order.shape)
+
+
+def split(values: np.ndarray, rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """``values[rows]`` for rows (steps, batch), the batch split over the mesh; a process touches its share alone."""
+
+    def share(index: Any) -> np.ndarray:
+        return values[rows[index[:2]]]
+
+    shape = (*rows.shape, *values.shape[1:])
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, P(None, _AXIS)), share)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The arrays, which every process holds alike, on every device."""
+
+    def everywhere(leaf: Any) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, P()), lambda index: leaf[index])
+
+    return jax.tree.map(everywhere, tree)
+
+
+def local(tree: Any) -> Any:
+    """This process's own copy of arrays that are the same on every device."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def over_devices(call: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """``call(state, x, y, count)`` with x and y as `split` makes them, and all else alike on every device."""
+    if axis_of(mesh) is None:
+        return call
+    return jax.shard_map(call, mesh=mesh, in_specs=(P(), P(None, _AXIS), P(None, _AXIS), P()), out_specs=P())
