@@ -152,18 +152,39 @@ def test_data_that_are_not_the_same_everywhere_are_refused(data, tmp_path):
     assert run.printed("err") == [message] * 2
 
 
-def test_a_coordinator_that_cannot_be_reached_is_one_line_in_time(tmp_path):
+@pytest.mark.parametrize("process", [0, 1], ids=["nobody comes", "nobody is there"])
+def test_a_process_that_meets_no_other_says_so_in_time(tmp_path, process):
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"
-    command = ["--num-processes", "2", "--process-id", "1", "--timeout", "1", "--coordinator"]
+    command = ["--num-processes", "2", "--process-id", str(process), "--timeout", "2", "--coordinator"]
     done = subprocess.run(
         [sys.executable, "-m", "jbn", "train", *command, address],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=40,
         cwd=tmp_path,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"jbn: --coordinator: got {address}, where no process 0 answered within 1 s (")
+    met = f"jbn: --coordinator: got {address}, where process {process} did not meet all 2 processes within 2 s; "
+    assert done.stderr.startswith(met)
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--lr", "0.5", "--lr: got 0.5 in process 1; expected 1.0, as in process 0; start all processes alike."),
+        ("--num-processes", "4", "--num-processes: got 4 in process 1; expected 2, as in process 0; start all"),
+        ("--process-id", "0", "--coordinator: got localhost:"),
+    ],
+)
+def test_processes_that_were_not_told_the_same_end_alike(data, tmp_path, option, value, message):
+    (tmp_path / "logs").mkdir()
+    arguments = ("--data", data, *SMALL, "--timeout", "10", "--out", tmp_path / "out")
+    with Run(tmp_path / "logs", 2, arguments, {1: (option, value)}) as run:
+        assert run.codes(60) == [2, 2]
+    for err in run.printed("err"):
+        assert err.count("\n") == 1
+        assert err.startswith(f"jbn: {message}")
+    assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs"]

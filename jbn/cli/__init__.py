@@ -2,7 +2,7 @@
 
 What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
 ``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``devices``
-where its arrays lie; ``meeting`` and ``processes`` how several processes are one run; ``train`` puts them
+where its arrays lie; ``processes`` how several processes are one run; ``train`` puts them
 together; ``runs`` reads one again, for ``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it
 goes, and what came out.
 """

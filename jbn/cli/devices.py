@@ -11,16 +11,20 @@ from jax.sharding import PartitionSpec as P
 
 from jbn.cli.bad_input import BadInput
 
-__all__ = ["axis_of", "deal", "local", "mesh_of", "over_devices", "replicated", "split"]
+__all__ = ["axis_of", "deal", "local", "make_cpu_devices", "mesh_of", "over_devices", "replicated", "split"]
 
 _AXIS = "data"
 
 
-def mesh_of(devices: int) -> Mesh:
-    """The first so many devices of every process; on a CPU as many are made, if JAX has not started yet."""
+def make_cpu_devices(devices: int) -> None:
+    """Lets a CPU be so many devices, if JAX has not started yet."""
     if devices > 1:
         with contextlib.suppress(RuntimeError):  # what JAX says once it has started
             jax.config.update("jax_num_cpu_devices", devices)
+
+
+def mesh_of(devices: int) -> Mesh:
+    """The first so many devices of every process."""
     own: dict[int, list[Any]] = {}
     for device in jax.devices():
         own.setdefault(device.process_index, []).append(device)

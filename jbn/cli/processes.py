@@ -1,6 +1,7 @@
 """Several processes that train as one: how they meet, agree on errors, and end when one of them is gone."""
 
 import atexit
+import json
 import os
 import re
 import signal
@@ -8,7 +9,8 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import jax
@@ -16,8 +18,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jbn
 from jbn.cli.bad_input import BadInput
-from jbn.cli.meeting import meet
 from jbn.cli.options import TrainOptions
 
 __all__ = ["agreed", "first", "joined", "same", "supervised"]
@@ -26,12 +28,19 @@ __all__ = ["agreed", "first", "joined", "same", "supervised"]
 _HEARTBEAT_S = 20
 _BYTES = 4096  # of what a process tells the others
 _GONE = re.compile("gloo|nccl|coordination service|connection|socket|heartbeat|unavailable", re.IGNORECASE)
+# What may differ between the processes of a run.
+_OWN = ("process_id", "data", "out", "timeout")
+_MET = "met\n"
 _AGAIN = "expected all of them to stay to the end; start them all again, with the same options."
 
 
 def first() -> bool:
     """Whether this process is the one that shows and writes what comes out."""
     return jax.process_index() == 0
+
+
+# To whom a child speaks.
+_parent: socket.socket | None = None
 
 
 class _Gone(BadInput):
@@ -62,11 +71,13 @@ def supervised(options: TrainOptions, job: Callable[[], int | None]) -> int | No
             os._exit(2)
     its.close()
     code = _wait(child)
-    last_words = own.makefile().read()
-    if last_words:
-        raise BadInput(last_words)
+    said = own.makefile().read()
+    if said.removeprefix(_MET):
+        raise BadInput(said.removeprefix(_MET))
     if code >= 0:
         return code
+    if not said:
+        raise BadInput(_never_met(options))
     name = signal.Signals(-code).name
     why = ", as JAX does where another one is gone" if name == "SIGABRT" else ""
     raise BadInput(
@@ -74,11 +85,20 @@ def supervised(options: TrainOptions, job: Callable[[], int | None]) -> int | No
     )
 
 
+def _never_met(options: TrainOptions) -> str:
+    return (
+        f"--coordinator: got {options.coordinator}, where process {options.process_id} did not meet all "
+        f"{options.num_processes} processes within {options.timeout} s; expected an address of process 0 with a free "
+        f"port, and each --process-id once; check it, and start all of them within --timeout."
+    )
+
+
 def _as_child(parent: socket.socket) -> None:
     """Ends with its parent, hears Ctrl-C from it alone, and keeps to itself what is not printed by Python."""
 
     def end_with_parent() -> None:
-        parent.recv(1)
+        with suppress(OSError):
+            parent.recv(1)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -87,6 +107,8 @@ def _as_child(parent: socket.socket) -> None:
     # Gloo reports its connections on stdout, where a JSON document belongs.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = printed
+    global _parent
+    _parent = parent
 
 
 def _wait(child: int) -> int:
@@ -104,17 +126,8 @@ def joined(options: TrainOptions) -> Iterator[None]:
     if options.coordinator is None:
         yield
         return
-    meet(options)
     try:
-        jax.distributed.initialize(
-            options.coordinator,
-            options.num_processes,
-            options.process_id,
-            cluster_detection_method="deactivate",
-            initialization_timeout=options.timeout,
-            heartbeat_timeout_seconds=_HEARTBEAT_S,
-            shutdown_timeout_seconds=_HEARTBEAT_S,
-        )
+        _connect(options)
         yield
         jax.distributed.shutdown()
     except Exception as error:
@@ -129,6 +142,46 @@ def joined(options: TrainOptions) -> Iterator[None]:
     except KeyboardInterrupt:
         _leave_at_exit(130)
         raise
+
+
+def _connect(options: TrainOptions) -> None:
+    """Meets the other processes. Where that fails JAX may end this one, with a stack trace that is kept back."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            cluster_detection_method="deactivate",
+            initialization_timeout=options.timeout,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_HEARTBEAT_S,
+        )
+    except Exception:  # of the kinds that a bad address and a port in use have
+        raise BadInput(_never_met(options)) from None
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+    if _parent is not None:
+        _parent.sendall(_MET.encode())
+    _compare(options)
+
+
+def _compare(options: TrainOptions) -> None:
+    """Refuses processes that were not told the same."""
+    alike = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name not in _OWN}
+    alike |= {"jbn": jbn.__version__, "jax": jax.__version__}
+    first, *others = (json.loads(text) for text in _told(json.dumps(alike)))
+    for process, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                jax.distributed.shutdown()
+                raise BadInput(
+                    f"{name}: got {other[name]} in process {process}; expected {value}, as in process 0; "
+                    f"start all processes alike."
+                )
 
 
 def _leave_at_exit(code: int) -> None:

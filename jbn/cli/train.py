@@ -20,7 +20,7 @@ from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, load_data
-from jbn.cli.devices import axis_of, deal, mesh_of
+from jbn.cli.devices import axis_of, deal, make_cpu_devices, mesh_of
 from jbn.cli.fit import Fit, Progress, SoFar, batch_order, fit
 from jbn.cli.interrupt import interrupts
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
@@ -34,6 +34,7 @@ __all__ = ["run"]
 
 def run(options: TrainOptions) -> None:
     """Trains, compares, and leaves the results in ``options.out``: one of several processes, or the only one."""
+    make_cpu_devices(options.devices)
     with joined(options), interrupts() as check, ExitStack() as stack:
         with agreed():
             mesh = mesh_of(options.devices)
