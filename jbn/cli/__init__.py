@@ -15,7 +15,7 @@ from jbn.cli.bad_input import BadInput
 __all__ = ["main"]
 
 # Modules of the extra "demo".
-_NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "typer")
+_NEEDED = ("matplotlib", "orbax", "rich", "safetensors", "sklearn", "typer")
 
 
 def main(argv: list[str] | None = None) -> int:
