@@ -15,6 +15,7 @@ from jbn.cli.bad_input import BadInput
 from jbn.cli.checkpoints import Checkpoint, checkpoints
 
 IDENTITY = {"--norm": "z", "--hidden": (6, 5), "--lr": 0.1, "--data": "examples 1a2b"}
+WRITABLE = "expected a folder that can be written to; choose another --checkpoint-dir."
 
 
 def made(step):
@@ -162,14 +163,14 @@ class TestRefused:
 
     def test_a_file_in_the_place_of_the_folder(self, tmp_path):
         (file := tmp_path / "file").write_bytes(b"")
-        assert refused(file).startswith(f"--checkpoint-dir: got {file} (File exists); expected a folder that can be")
+        assert refused(file) == f"--checkpoint-dir: got {file} (File exists); {WRITABLE}"
 
     def test_a_folder_that_cannot_be_written_to(self, tmp_path, monkeypatch):
         def closed(*args, **kwargs):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
         monkeypatch.setattr("jbn.cli.checkpoints.tempfile.TemporaryFile", closed)
-        assert refused(tmp_path).startswith(f"--checkpoint-dir: got {tmp_path} (Permission denied); expected a folder")
+        assert refused(tmp_path) == f"--checkpoint-dir: got {tmp_path} (Permission denied); {WRITABLE}"
 
 
 class TestFullDisk:
@@ -191,8 +192,8 @@ class TestFullDisk:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout == (
-            f"--checkpoint-dir: got {folder} (File too large); expected a folder that can be written to, with room "
-            f"for 4 checkpoints; make room or choose another --checkpoint-dir; what was saved before is still good.\n"
+            f"--checkpoint-dir: got {folder} (File too large); expected room for 4 checkpoints; make room, and start "
+            f"again to go on from the last one that is whole.\n"
         )
         assert os.listdir(folder) == ["10"]
         same(newest(folder), made(10))

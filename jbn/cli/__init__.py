@@ -2,9 +2,9 @@
 
 What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
 ``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``devices``
-where its arrays lie; ``meeting`` and ``processes`` how several processes are one run; ``train`` puts them
-together; ``runs`` reads one again, for ``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it
-goes, and what came out.
+where its arrays lie; ``meeting`` and ``processes`` how several processes are one run; ``checkpoints`` what outlives
+it, and ``resume`` how it goes on from there; ``train`` puts them together; ``runs`` reads one again, for
+``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it goes, and what came out.
 """
 
 import sys

@@ -23,6 +23,7 @@ __all__ = ["Checkpoint", "Checkpoints", "checkpoints"]
 # The newest, and what is left should it turn out to be damaged.
 _KEPT = 3
 _OTHER = "or choose another --checkpoint-dir"
+_ROOM = f"room for {_KEPT + 1} checkpoints; make room, and start again to go on from the last one that is whole"
 
 
 class Checkpoint(NamedTuple):
@@ -60,7 +61,7 @@ def checkpoints(folder: Path, identity: dict[str, Any]) -> Iterator["Checkpoints
         multiprocessing_options=alone,
     )
     try:
-        with _reported(folder):
+        with _reported(folder, f"a folder that can be written to; {_OTHER[3:]}"):
             folder.mkdir(parents=True, exist_ok=True)
             if process == 0:
                 _remove_unfinished(folder)
@@ -119,7 +120,7 @@ class Checkpoints:
         record["sha256"] = _digest(record, packed)
         items = args.Composite(arrays=args.ArraySave(packed), record=args.JsonSave(record))
         try:
-            with _reported(self._folder):
+            with _reported(self._folder, _ROOM):
                 while self._damaged:
                     self._manager.delete(self._damaged.pop())
                 self._manager.save(checkpoint.step, args=items, force=True)
@@ -179,7 +180,7 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def _reported(folder: Path) -> Iterator[None]:
+def _reported(folder: Path, expected: str) -> Iterator[None]:
     """A folder that cannot be written to, or a disk that is full, is one line."""
     try:
         yield
@@ -189,7 +190,4 @@ def _reported(folder: Path) -> Iterator[None]:
         if code is None and not isinstance(error, OSError):
             raise
         reason = os.strerror(int(code[1])) if code else error.strerror or error  # type: ignore[union-attr]
-        raise BadInput(
-            f"--checkpoint-dir: got {folder} ({reason}); expected a folder that can be written to, with room for "
-            f"{_KEPT + 1} checkpoints; make room {_OTHER}; what was saved before is still good."
-        ) from error
+        raise BadInput(f"--checkpoint-dir: got {folder} ({reason}); expected {expected}.") from error

@@ -43,7 +43,8 @@ def _hello(options: TrainOptions) -> dict[str, Any]:
     """What a process says of itself."""
     alike = {name: value for name, value in asdict(options).items() if name not in _OWN}
     versions = {"jbn": jbn.__version__, "jax": jax.__version__}
-    return json.loads(json.dumps({"process": options.process_id, "options": alike, "versions": versions}))
+    said = {"process": options.process_id, "options": alike, "versions": versions}
+    return json.loads(json.dumps(said, default=str))  # paths
 
 
 def _receive(options: TrainOptions, address: tuple[str, int], deadline: float) -> None:
