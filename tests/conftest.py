@@ -18,7 +18,9 @@ import pytest  # noqa: E402
 
 # The opt-out, in one place: files whose code runs other libraries, which promote dtypes and ranks
 # implicitly and warn as they like. A file counts by its name without ``test_``, with the folders above it.
-DOORS = frozenset({"cli", "convert", "docs", "flax", "linen", "nnx", "notebooks", "README", "report"})
+DOORS = frozenset(
+    {"checkpoints", "cli", "convert", "docs", "flax", "linen", "nnx", "notebooks", "README", "report", "resume"}
+)
 
 
 def _is_door(item):

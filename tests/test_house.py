@@ -41,6 +41,7 @@ GUESTS = {
     "rich": {"_inference", "cli"},
     "sklearn": {"cli"},
     "safetensors": {"cli"},
+    "orbax": {"cli"},
 }
 HEAVY = (
     "flax",

@@ -2,9 +2,9 @@
 
 What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
 ``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``devices``
-where its arrays lie; ``processes`` how several processes are one run; ``train`` puts them
-together; ``runs`` reads one again, for ``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it
-goes, and what came out.
+where its arrays lie; ``processes`` how several processes are one run; ``checkpoints`` what outlives
+it, and ``resume`` how it goes on from there; ``train`` puts them together; ``runs`` reads one again, for
+``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it goes, and what came out.
 """
 
 import sys
@@ -15,7 +15,7 @@ from jbn.cli.bad_input import BadInput
 __all__ = ["main"]
 
 # Modules of the extra "demo".
-_NEEDED = ("matplotlib", "rich", "safetensors", "sklearn", "typer")
+_NEEDED = ("matplotlib", "orbax", "rich", "safetensors", "sklearn", "typer")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -137,6 +137,17 @@ def train(
     timeout: Annotated[
         int, _option(integer("--timeout", 1, 60), "SECONDS", "How long processes wait for each other to start.")
     ] = 60,
+    checkpoint_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder to save the run in, and to go on from if it was cut short. More --epochs train on.",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        _option(integer("--checkpoint-every", 1, 100), "INT", "Steps between checkpoints.  [default: an epoch]"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="New folder for the results.  [default: runs/train-<date>-<time>]"),
@@ -167,6 +178,8 @@ def train(
         num_processes=num_processes,
         process_id=process_id,
         timeout=timeout,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every,
         **of_network(network, lr=lr, hidden=hidden, widths=widths, blocks=blocks, activation=activation, epochs=epochs),
     )
     return partial(_train, chosen)

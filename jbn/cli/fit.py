@@ -17,7 +17,7 @@ from jbn.cli.network import loss_fn
 from jbn.networks import Network
 from jbn.training import TrainState
 
-__all__ = ["Fit", "Progress", "SoFar", "batch_order", "evaluate", "fit", "rows_of", "scorer"]
+__all__ = ["Fit", "Keeping", "Progress", "SoFar", "batch_order", "evaluate", "fit", "rows_of", "scorer"]
 
 # Steps in one call: enough to hide the call, few enough for a live display of a long epoch.
 _STEPS_A_CALL = 64
@@ -45,6 +45,7 @@ class SoFar(NamedTuple):
         skipped: (steps,) bool, steps without an update because something was not finite.
         epochs: for each finished epoch the loss and accuracy on both sets, with running statistics.
         times: ms a step, of each call.
+        compile_s: seconds to trace and compile the training step.
     """
 
     train_state: TrainState
@@ -52,11 +53,12 @@ class SoFar(NamedTuple):
     skipped: np.ndarray
     epochs: dict[str, list[float]]
     times: list[float]
+    compile_s: float
 
     @classmethod
     def at(cls, train_state: TrainState) -> "SoFar":
         """A run that has made no step."""
-        return cls(train_state, np.zeros(0, np.float32), np.zeros(0, bool), {name: [] for name in _SCORES}, [])
+        return cls(train_state, np.zeros(0, np.float32), np.zeros(0, bool), {name: [] for name in _SCORES}, [], 0.0)
 
     @property
     def steps(self) -> int:
@@ -78,11 +80,19 @@ class SoFar(NamedTuple):
             np.concatenate([self.skipped, skipped]),
             self.epochs,
             [*self.times, 1e3 * seconds / count],
+            self.compile_s,
         )
 
     def scored(self, scores: dict[str, float]) -> "SoFar":
         """The run with what was found at the end of an epoch."""
         return self._replace(epochs={name: [*seen, scores[name]] for name, seen in self.epochs.items()})
+
+
+class Keeping(NamedTuple):
+    """Who is given the run after every so many steps, and at its end."""
+
+    every: int
+    save: Callable[[SoFar], None]
 
 
 class Fit(NamedTuple):
@@ -129,17 +139,23 @@ def fit(
     order: np.ndarray,
     mesh: Mesh,
     report: Callable[[Progress], None],
+    keeping: Keeping | None = None,
 ) -> Fit:
     """Trains from ``start`` to the end of ``order``, each batch split over the mesh in consecutive parts.
 
     ``step`` is made with ``axis_name=axis_of(mesh)``.
     """
     steps, length = order.shape[1], _steps_a_call(order, data.x)
+    every = steps if keeping is None else keeping.every
     so_far = start._replace(train_state=replicated(start.train_state, mesh))
-    call, compile_s = _compiled(step, length, mesh, so_far.train_state, _feed(data, order[0, :1], length, mesh)[1:])
     score = scorer(network)
-    feeds = (_feed(data, rows, length, mesh) for rows in _calls(order, so_far.steps, length))
+    feeds = (_feed(data, rows, length, mesh) for rows in _calls(order, so_far.steps, length, every))
     feed = next(feeds, None)
+    if so_far.steps:
+        report(Progress(so_far.steps, float(so_far.loss[-length:].mean()), so_far.accuracy))
+    if feed is not None:
+        call, compile_s = _compiled(step, length, mesh, so_far.train_state, feed[1:])
+        so_far = so_far._replace(compile_s=compile_s)
     while feed is not None:
         count, x, y = feed
         begin = time.perf_counter()
@@ -152,9 +168,11 @@ def fit(
         if so_far.steps % steps == 0:
             so_far = so_far.scored(_scores(score, so_far.train_state, data))
             report(Progress(0, recent, so_far.accuracy))
+        if keeping is not None and (so_far.steps % every == 0 or feed is None):
+            keeping.save(so_far)
     params, bn_state = local(so_far.train_state[:2])
     ms_per_step = float(np.median(so_far.times)) if so_far.times else math.nan
-    return Fit(params, bn_state, so_far.loss, so_far.skipped, so_far.epochs, ms_per_step, compile_s)
+    return Fit(params, bn_state, so_far.loss, so_far.skipped, so_far.epochs, ms_per_step, so_far.compile_s)
 
 
 def _scores(score: Callable[..., Any], train_state: TrainState, data: Data) -> dict[str, float]:
@@ -198,12 +216,14 @@ def _steps_a_call(order: np.ndarray, x: Any) -> int:
     return max(1, min(_STEPS_A_CALL, steps, fitting))
 
 
-def _calls(order: np.ndarray, first: int, length: int) -> Iterator[np.ndarray]:
-    """The rows of each call from a step on: up to ``length`` steps, none across the end of an epoch."""
-    steps = order.shape[1]
-    for epoch in range(first // steps, len(order)):
-        for i in range(first % steps if epoch == first // steps else 0, steps, length):
-            yield order[epoch, i : i + length]
+def _calls(order: np.ndarray, at: int, length: int, every: int) -> Iterator[np.ndarray]:
+    """The rows of each call from a step on: up to ``length`` steps, none across the end of an epoch or a checkpoint."""
+    epochs, steps, _ = order.shape
+    while at < epochs * steps:
+        epoch, first = divmod(at, steps)
+        count = min(length, steps - first, every - at % every)
+        yield order[epoch, first : first + count]
+        at += count
 
 
 def _feed(data: Data, rows: np.ndarray, length: int, mesh: Mesh) -> tuple[int, jax.Array, jax.Array]:

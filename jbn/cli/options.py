@@ -77,6 +77,8 @@ class TrainOptions:
     num_processes: int | None
     process_id: int | None
     timeout: int
+    checkpoint_dir: Path | None
+    checkpoint_every: int | None
 
     @property
     def shards(self) -> int:
@@ -101,6 +103,7 @@ class TrainOptions:
             )
         self._check_processes()
         self._check_shards()
+        self._check_checkpoints()
 
     def _check_processes(self) -> None:
         together = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
@@ -132,6 +135,19 @@ class TrainOptions:
             raise BadInput(
                 f"{got} for {name} with --stats local; expected at least 2 examples a device, since the variance of "
                 f"one is 0; use fewer devices, or --stats global."
+            )
+
+    def _check_checkpoints(self) -> None:
+        if self.checkpoint_dir is None:
+            if self.checkpoint_every is not None:
+                raise BadInput(
+                    f"--checkpoint-every: got {self.checkpoint_every} without --checkpoint-dir; expected both; "
+                    f"pass --checkpoint-dir DIR."
+                )
+        elif self.checkpoint_dir.resolve().is_relative_to(self.out.resolve()):
+            raise BadInput(
+                f"--checkpoint-dir: got {self.checkpoint_dir}, which is in --out {self.out}; expected a folder outside "
+                f"of it, since it is new and appears at the end; choose another DIR."
             )
 
 

@@ -18,7 +18,7 @@ import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.network import NetworkSpec, build
 
-__all__ = ["load_model", "new_file", "new_folder", "replaced_files", "save_model", "to_json"]
+__all__ = ["load_model", "named", "new_file", "new_folder", "replaced_files", "save_model", "to_json"]
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def save_model(file: Path, spec: NetworkSpec, params: Any, state: Any, inputs: j
     from safetensors.numpy import save
 
     tree = {"params": params, "state": state, "inputs": inputs}
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _named(tree)[0]}
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named(tree)[0]}
     metadata = {"jbn": jbn.__version__, "network": json.dumps(spec._asdict())}
     file.write_bytes(save(tensors, metadata))
 
@@ -153,8 +153,8 @@ def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
         raise _unreadable(file, "it does not say which network it holds") from None
     channels = np.shape(tensors.get("inputs/mean", ()))
     inputs = jbn.BNStats(*(jax.ShapeDtypeStruct(channels, jnp.float32) for _ in range(3)))  # type: ignore[arg-type]
-    named, treedef = _named({"params": params, "state": state, "inputs": inputs})
-    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in named}
+    leaves, treedef = named({"params": params, "state": state, "inputs": inputs})
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves}
     got = {name: (array.shape, array.dtype) for name, array in tensors.items()}
     differ = [name for name in sorted({*wanted, *got}) if wanted.get(name) != got.get(name)]
     if differ or len(channels) != 1:
@@ -170,7 +170,7 @@ def _unreadable(file: Path, reason: str) -> BadInput:
     return BadInput(f"--model: got {file} ({reason}); expected a model file that jbn saved; train it again.")
 
 
-def _named(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+def named(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """Leaves with their names, such as params/0/bn/gamma, and the structure."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves], treedef

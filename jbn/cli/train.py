@@ -21,11 +21,12 @@ from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, load_data
 from jbn.cli.devices import axis_of, deal, make_cpu_devices, mesh_of
-from jbn.cli.fit import Fit, Progress, SoFar, batch_order, fit
+from jbn.cli.fit import Fit, Progress, batch_order, fit
 from jbn.cli.interrupt import interrupts
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
 from jbn.cli.processes import agreed, first, joined, same
+from jbn.cli.resume import resumed
 from jbn.cli.saving import new_folder, save_model, to_json
 from jbn.training import TrainState, make_train_step
 
@@ -40,7 +41,7 @@ def run(options: TrainOptions) -> None:
             mesh = mesh_of(options.devices)
             data = _data(options)
             folder = stack.enter_context(new_folder(options.out)) if first() else None
-        same("--data", data.digest())
+        same("--data", data.digest)
         specs = _specs(options, data)
         order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
         starts, fits = _fits(options, specs, data, order, mesh, check)
@@ -102,7 +103,8 @@ def _fits(
                 axis_name=axis_of(mesh),
                 sync_stats=options.stats == "global",
             )
-            fits[name] = fit(network, step, SoFar.at(starts[name]), data, dealt, mesh, tell)
+            with resumed(options, name, spec, data, starts[name], order.shape[1]) as (so_far, keeping):
+                fits[name] = fit(network, step, so_far, data, dealt, mesh, tell, keeping)
     return starts, fits
 
 
