@@ -198,8 +198,8 @@ def picture(rows: list[Row]) -> Any:
             panel.set(title=f"{quantity}, {dtype}", xlabel="mean/std")
             panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("relative error, worst channel")
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(names), fontsize=9)
     return figure
 
 

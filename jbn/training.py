@@ -2,18 +2,19 @@
 
 import operator
 from collections.abc import Callable
+from itertools import accumulate as running_sums
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from jbn import _checks, _checks_axes
 from jbn._core import bn_update_stats
-from jbn._moments import bn_merge_stats
-from jbn._named_axes import all_gather, axis_total, enter, varying_axes
+from jbn._moments import Moments, as_stats, bn_merge_stats, pool_over_devices
+from jbn._named_axes import axis_total, enter, varying_axes
+from jbn._pytrees import BNStats
 
 __all__ = ["TrainState", "make_train_step"]
 
@@ -203,11 +204,19 @@ def _over_devices(grads, names):
 
 
 def _merged(stats, names):
-    """The statistics of all devices, merged: one exchange for each axis, whatever the number of layers."""
-    for name in names if jax.tree.leaves(stats) else ():
-        flat, restore = ravel_pytree(stats)
-        stats = bn_merge_stats(jax.vmap(restore)(all_gather(flat, (name,))), axis=0)
-    return stats
+    """The statistics of all devices, pooled: all layers together, so that they travel once a step."""
+    layers, structure = jax.tree.flatten(stats, is_leaf=lambda node: isinstance(node, BNStats))
+    if not layers or not names:
+        return stats
+    mean, var, count = (jnp.concatenate([jnp.ravel(v) for v in field]) for field in zip(*layers, strict=True))
+    pooled = as_stats(pool_over_devices(Moments(mean, jnp.zeros_like(mean), var, count.astype(mean.dtype)), names))
+    ends = list(running_sums(layer.mean.size for layer in layers))
+    columns = (jnp.split(field, ends[:-1]) for field in pooled)
+    merged = [
+        jax.tree.map(lambda old, new: new.reshape(old.shape).astype(old.dtype), layer, BNStats(*parts))
+        for layer, *parts in zip(layers, *columns, strict=True)
+    ]
+    return jax.tree.unflatten(structure, merged)
 
 
 def _split(batch: Any, parts: int) -> Any:

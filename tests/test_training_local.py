@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from test_training_transforms import mapped
 from training_setup import OPTIMIZERS, SIZES, assert_close, assert_identical, batch, mlp, setup, squared_error, start
 
-from jbn import bn_apply, networks
+from jbn import _moments, bn_apply, networks
 from jbn.training import make_train_step
 
 MODES = pytest.mark.parametrize("sync_stats", [True, False], ids=["global", "local"])
@@ -70,6 +70,18 @@ def test_local_statistics_of_all_layers_travel_together_and_once_a_step():
     hlo, _ = compile_hlo(sharded, old, jax.device_put(batch(64), NamedSharding(mesh, P("data"))))
     (gathered,) = (line for line in hlo.text.splitlines() if " all-gather(" in line)
     assert "/while/" not in gathered
+
+
+def test_many_devices_exchange_sums_rather_than_all_that_each_has_seen(monkeypatch):
+    network, old, _ = setup("z", "momentum")
+    gathered = mapped("shard_map", local_step(network))(old, batch(64))
+    monkeypatch.setattr(_moments, "_GATHERED", 4)
+    summing = mapped("shard_map", local_step(network))
+    assert_close(summing(old, batch(64)), gathered)
+    mesh = jax.make_mesh((8,), ("data",))
+    sharded = jax.shard_map(local_step(network), mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    hlo, _ = compile_hlo(sharded, old, jax.device_put(batch(64), NamedSharding(mesh, P("data"))))
+    assert " all-gather(" not in hlo.text
 
 
 def test_without_an_axis_there_is_nothing_to_leave_apart():

@@ -7,6 +7,7 @@ it, and ``resume`` how it goes on from there; ``train`` puts them together; ``ru
 ``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it goes, and what came out.
 """
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -42,12 +43,18 @@ def main(argv: list[str] | None = None) -> int:
         from jbn.cli.commands import parse
 
         job = parse(sys.argv[1:] if argv is None else argv)
-        if job is not None:
-            return job() or 0
+        code = job() if job is not None else None
+        sys.stdout.flush()
     except BadInput as error:
         print(f"jbn: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jbn: interrupted.", file=sys.stderr)
+        if argv is None:
+            sys.stderr.flush()
+            os._exit(130)  # Python's own way out waits for nothing, and XLA may still be compiling: a crash
         return 130
-    return 0
+    except BrokenPipeError:  # whoever read what is printed, as in jbn train | head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code or 0

@@ -139,9 +139,6 @@ def joined(options: TrainOptions) -> Iterator[None]:
             ) from None
         _leave_at_exit(2 if isinstance(error, BadInput) else 1)
         raise
-    except KeyboardInterrupt:
-        _leave_at_exit(130)
-        raise
 
 
 def _connect(options: TrainOptions) -> None:
