@@ -114,8 +114,8 @@ def make_train_step(
         >>> sharded = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
         >>> batch = jax.device_put((x, y), NamedSharding(mesh, P("data")))
         >>> train_state, metrics = sharded(train_state, batch)
-        >>> bool(metrics["loss"] < 0.4), int(train_state.step)
-        (True, 101)
+        >>> int(train_state.step), bool(metrics["skipped"])
+        (101, False)
 
     Keras: ``model.fit``. Flax: a ``TrainState`` with ``batch_stats`` added by hand.
 

@@ -43,7 +43,14 @@ class Run:
             command = [sys.executable, "-m", "jbn", "train", *map(str, (*several, *arguments, *(own or {}).get(i, ())))]
             with open(folder / f"{i}.out", "w") as out, open(folder / f"{i}.err", "w") as err:
                 self.all.append(
-                    subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
+                    subprocess.Popen(
+                        command,
+                        stdout=out,
+                        stderr=err,
+                        env=environment,
+                        start_new_session=True,
+                        preexec_fn=_hear_ctrl_c,
+                    )
                 )
 
     def __enter__(self):
@@ -69,6 +76,11 @@ class Run:
             assert time.monotonic() < deadline
             assert all(process.poll() is None for process in self.all), self.printed("err")
             time.sleep(0.05)
+
+
+def _hear_ctrl_c():
+    """Where the tests run in the background they ignore it, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def losses(folder):
