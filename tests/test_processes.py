@@ -38,20 +38,16 @@ class Run:
             address = f"localhost:{free.getsockname()[1]}"
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.all = []
+        # Where the tests run in the background they ignore Ctrl-C, and so would what they start.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         for i in range(count):
             several = ("--coordinator", address, "--num-processes", count, "--process-id", i)
             command = [sys.executable, "-m", "jbn", "train", *map(str, (*several, *arguments, *(own or {}).get(i, ())))]
             with open(folder / f"{i}.out", "w") as out, open(folder / f"{i}.err", "w") as err:
                 self.all.append(
-                    subprocess.Popen(
-                        command,
-                        stdout=out,
-                        stderr=err,
-                        env=environment,
-                        start_new_session=True,
-                        preexec_fn=_hear_ctrl_c,
-                    )
+                    subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
                 )
+        signal.signal(signal.SIGINT, before)
 
     def __enter__(self):
         return self
@@ -76,11 +72,6 @@ class Run:
             assert time.monotonic() < deadline
             assert all(process.poll() is None for process in self.all), self.printed("err")
             time.sleep(0.05)
-
-
-def _hear_ctrl_c():
-    """Where the tests run in the background they ignore it, and so would what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def losses(folder):
