@@ -1,6 +1,5 @@
 """One training step for any network of pure functions and any optax optimizer. Knows no model."""
 
-import operator
 from collections.abc import Callable
 from itertools import accumulate as running_sums
 from typing import Any, NamedTuple
@@ -124,7 +123,7 @@ def make_train_step(
     """
     _checks.as_momentum(momentum)
     names = _checks_axes.as_names(axis_name)
-    parts = _as_accumulate(accumulate)
+    parts = _checks.as_size("accumulate", accumulate, "pass accumulate=1 for no splitting")
     guarded = _checks.as_flag("skip_nonfinite", skip_nonfinite)
     optimizer = optax.with_extra_args_support(optimizer)
     synced = _checks.as_flag("sync_stats", sync_stats)
@@ -234,19 +233,6 @@ def _split(batch: Any, parts: int) -> Any:
             f"use another accumulate, or leave the last, short batch out."
         )
     return jax.tree.map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), batch)
-
-
-def _as_accumulate(accumulate: Any) -> int:
-    """How many microbatches, at least 1."""
-    try:
-        if isinstance(accumulate, bool):
-            raise TypeError
-        parts = operator.index(accumulate)
-    except TypeError:
-        raise TypeError(f"accumulate: got {accumulate!r}; expected an int; pass accumulate=1.") from None
-    if parts < 1:
-        raise ValueError(f"accumulate: got {parts}; expected at least 1; pass accumulate=1 for no splitting.")
-    return parts
 
 
 def _as_loss(loss: Any) -> jax.Array:

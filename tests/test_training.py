@@ -295,7 +295,7 @@ ERRORS = [
     (
         lambda: make(accumulate=True),
         TypeError,
-        "accumulate: got True; expected an int; pass accumulate=1.",
+        "accumulate: got True; expected an int; pass accumulate=1 for no splitting.",
     ),
     (
         lambda: make(momentum=1.5),
