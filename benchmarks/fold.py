@@ -40,17 +40,6 @@ TINY = (
 )
 
 
-@dataclasses.dataclass
-class Run:
-    """All that was measured."""
-
-    about: dict[str, Any]
-    versions: dict[str, str]
-    device: str
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-
 class Inference:
     """One inference, and waiting for it."""
 
@@ -104,13 +93,13 @@ def difference(case: Case, dtype: str) -> float:
     return float(np.max(np.abs(folded - network)) / np.max(np.abs(network)))
 
 
-def measure(options: Any) -> Run:
+def measure(options: Any) -> harness.Run:
     import jax
 
     device = jax.devices()[0]
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jbn")}
     settings = {"rounds": options.rounds, "seed": options.seed, "quick": options.quick}
-    run = Run(harness.machine(), versions, f"{device.platform}: {device.device_kind}", settings)
+    run = harness.Run(harness.machine(), versions, f"{device.platform}: {device.device_kind}", settings)
     order = random.Random(options.seed)
     for dtype in options.dtypes:
         for case in TINY if options.quick else CASES:
@@ -138,7 +127,7 @@ def line(row: dict[str, Any]) -> list[str]:
     return [row["case"]["title"], row["dtype"], *times, speedup(row).text(), f"{row['difference']:.1e}"]
 
 
-def page(run: Run) -> str:
+def page(run: harness.Run) -> str:
     header = ("network", "dtype", "ms", "ms, folded", "times faster (quartiles)", "difference of the outputs")
     parts = [
         "# Inference with batch norms folded",
@@ -150,7 +139,7 @@ def page(run: Run) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def picture(run: Run) -> Any:
+def picture(run: harness.Run) -> Any:
     spreads = [speedup(row) for row in run.rows]
     figure, axes = harness.figure(figsize=(8, 1 + 0.45 * len(spreads)))
     places = range(len(spreads))

@@ -1,5 +1,6 @@
 """What every benchmark shares: turns in random order, medians with their spread, the files written."""
 
+import dataclasses
 import datetime
 import json
 import math
@@ -96,6 +97,18 @@ class Here:
 
         self._turns = {}
         jax.clear_caches()
+
+
+@dataclasses.dataclass
+class Run:
+    """All that was measured."""
+
+    about: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    settings: dict[str, Any]
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # contestant → why
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 class Spread(NamedTuple):

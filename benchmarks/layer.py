@@ -39,16 +39,8 @@ USUAL = (
 )
 
 
-@dataclasses.dataclass
-class Run:
-    """All that was measured."""
-
-    about: dict[str, Any]
-    versions: dict[str, str]
-    device: str
-    settings: dict[str, Any]
-    skipped: dict[str, str]
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+class Run(harness.Run):
+    """A run whose rows are of one shape, dtype and mode each."""
 
     def select(self, dtype: str, mode: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if (row["dtype"], row["mode"]) == (dtype, mode)]

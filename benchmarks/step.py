@@ -87,18 +87,6 @@ NORMS = {
 }
 
 
-@dataclasses.dataclass
-class Run:
-    """All that was measured."""
-
-    about: dict[str, Any]
-    versions: dict[str, str]
-    device: str
-    settings: dict[str, Any]
-    skipped: dict[str, str]
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-
 class Step:
     """A compiled training step that runs on from where it stopped, with its memory and its first loss."""
 
@@ -148,7 +136,7 @@ def share(row: dict[str, Any], name: str) -> list[float] | None:
     return [100 * (1 - ratio) for ratio in harness.ratios(seconds["none"], seconds[name])]
 
 
-def page(run: Run) -> str:
+def page(run: harness.Run) -> str:
     parts = [
         "# A whole training step",
         harness.machine_line(run.about, run.versions, run.device),
@@ -183,7 +171,7 @@ def _line(row, name):
     ]
 
 
-def picture(run: Run) -> Any:
+def picture(run: harness.Run) -> Any:
     """Bars of the shares on the left, of the memory on the right."""
     names = [name for name in NORMS if any(name in row["seconds"] for row in run.rows)]
     figure, panels = harness.figure(ncols=2, figsize=(12, 1 + 0.25 * len(names) * len(run.rows)), sharey=True)
@@ -209,13 +197,13 @@ def picture(run: Run) -> Any:
     return figure
 
 
-def save(run: Run, out: Any) -> None:
+def save(run: harness.Run, out: Any) -> None:
     stem = harness.stem("step", run.device, run.about["date"], quick=run.settings["quick"])
     paths = harness.write(out, stem, dataclasses.asdict(run), page(run), picture(run))
     print("\nwritten:", *paths, flush=True)
 
 
-def measure(options: Any) -> Run:
+def measure(options: Any) -> harness.Run:
     import jax
 
     skipped = {
@@ -228,7 +216,7 @@ def measure(options: Any) -> Run:
     versions = {package: importlib.metadata.version(package) for package in packages}
     settings = {"rounds": options.rounds, "seed": options.seed, "quick": options.quick}
     device = jax.devices()[0]
-    run = Run(harness.machine(), versions, f"{device.platform}: {device.device_kind}", settings, skipped)
+    run = harness.Run(harness.machine(), versions, f"{device.platform}: {device.device_kind}", settings, skipped)
     order = random.Random(options.seed)
     cases = TINY if options.quick else CASES
     for dtype in options.dtypes:

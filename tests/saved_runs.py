@@ -1,4 +1,4 @@
-"""Small runs of ``jbn train`` for the tests of what is done with them, and their mlp in NumPy."""
+"""Data and small runs of ``jbn train`` for the tests of what is done with them, and their mlp in NumPy."""
 
 import io
 import json
@@ -19,6 +19,15 @@ def images(seed, n=60):
     x = rng.normal(3, 0.5, (n, 6, 4, 2))
     x[np.arange(n), 2 * y] += 2
     return {"x": x, "y": y}
+
+
+def two_classes(folder):
+    """A file of two classes that a line parts, 80 examples, 64 of them to train on."""
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 2
+    file = folder / "data.npz"
+    np.savez(file, x=rng.normal(size=(80, 3)) + 4 * y[:, None], y=y)
+    return file
 
 
 def call(capsys, *arguments):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from saved_runs import two_classes
 
 import jbn.cli.fit
 from jbn.cli import main
@@ -28,12 +29,7 @@ def jax_has_started():
 
 @pytest.fixture
 def data(tmp_path):
-    """Two classes that a line parts, 80 examples, 64 of them to train on."""
-    rng = np.random.default_rng(0)
-    y = np.arange(80) % 2
-    file = tmp_path / "data.npz"
-    np.savez(file, x=rng.normal(size=(80, 3)) + 4 * y[:, None], y=y)
-    return file
+    return two_classes(tmp_path)
 
 
 def trained(file, devices, *, sync_stats=True, accumulate=1, epochs=2, batch_size=32):

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from saved_runs import two_classes
 
 pytestmark = pytest.mark.processes
 
@@ -21,12 +22,7 @@ AGAIN = "expected all of them to stay to the end; start them all again, with the
 
 @pytest.fixture
 def data(tmp_path):
-    """Two classes that a line parts, 80 examples, 64 of them to train on."""
-    rng = np.random.default_rng(0)
-    y = np.arange(80) % 2
-    file = tmp_path / "data.npz"
-    np.savez(file, x=rng.normal(size=(80, 3)) + 4 * y[:, None], y=y)
-    return file
+    return two_classes(tmp_path)
 
 
 class Run:

@@ -170,9 +170,9 @@ def _compare(options: TrainOptions) -> None:
     """Refuses processes that were not told the same."""
     alike = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name not in _OWN}
     alike |= {"jbn": jbn.__version__, "jax": jax.__version__}
-    first, *others = (json.loads(text) for text in _told(json.dumps(alike, default=str)))
+    expected, *others = (json.loads(text) for text in _told(json.dumps(alike, default=str)))
     for process, other in enumerate(others, 1):
-        for name, value in first.items():
+        for name, value in expected.items():
             if other[name] != value:
                 jax.distributed.shutdown()
                 raise BadInput(
