@@ -159,8 +159,9 @@ def bn_apply(
     return _train((layout, ghost_size), params, state if limits else None, x, eps, mask, limits)
 
 
-# Compiled as one piece also where the caller does not: an eager call is one dispatch. Inlined in a trace.
-_compiled = partial(jax.jit, static_argnums=0, inline=True)
+# Compiled as one piece also where the caller does not: an eager call is one dispatch. In a trace it stays a call, so
+# that layers of one shape are differentiated and lowered once; XLA inlines it before it fuses.
+_compiled = partial(jax.jit, static_argnums=0)
 
 
 @_compiled

@@ -34,8 +34,8 @@ _TINY = 2.0**-64
 class Moments(NamedTuple):
     """Moments of a batch; the mean in two parts, since one float32 is too coarse at a large offset."""
 
-    mean: jax.Array  # (C,) the mean, rounded
-    delta: jax.Array  # (C,) what the rounding left out: μ = mean + delta
+    mean: jax.Array  # (C,) a number no further from the mean than some standard deviations
+    delta: jax.Array  # (C,) what it leaves out: μ = mean + delta
     var: jax.Array  # (C,) biased
     count: jax.Array  # type: ignore[assignment]  # (C,) how many values, as a float
 
@@ -53,13 +53,13 @@ def measure(x: jax.Array, mask: jax.Array | None, reduce_axes: tuple[int, ...], 
     count = _count(x, mask, reduce_axes, dtype)
     share = 1 / jnp.maximum(count, 1)
     if _sums_are_rough(x, reduce_axes):
-        parts = _about_mean(reduce_axes, x, mask, share)
+        sums = _about_mean(reduce_axes, x, mask, share)
     else:
         ways = (_about_zero_or_mean, _about_sample if mask is None else _about_mean)  # a mask may empty a sample
         cpu, default = (partial(way, reduce_axes) for way in ways)
-        parts = lax.platform_dependent(x, mask, share, cpu=cpu, default=default)
-    mean, delta, var = parts
-    return Moments(mean, delta, var, count)
+        sums = lax.platform_dependent(x, mask, share, cpu=cpu, default=default)
+    shift, delta, squares = sums
+    return Moments(shift, delta, _variance(share, delta, squares), count)
 
 
 def _sums_are_rough(x, reduce_axes):
@@ -72,7 +72,8 @@ def _sums_are_rough(x, reduce_axes):
 
 def _about_mean(reduce_axes, x, mask, share):
     """Two reads: the mean, and sums about it."""
-    return _about(reduce_axes, x, mask, share, jnp.sum(_shown(x.astype(share.dtype), mask), reduce_axes) * share)
+    mean = jnp.sum(_shown(x.astype(share.dtype), mask), reduce_axes) * share
+    return _about(reduce_axes, x, mask, share, _finite(mean))
 
 
 def _about_sample(reduce_axes, x, mask, share):
@@ -82,11 +83,14 @@ def _about_sample(reduce_axes, x, mask, share):
     σ·√((1−f)/f) (Cauchy–Schwarz, on the indicator of the sample): log2(1/f) = 7 bits are lost on the worst
     data there is (all of the sample here, all of the rest there), and none on data not made for it.
     """
-    return _about(reduce_axes, x, mask, share, _sample_mean(x, reduce_axes, share.dtype))
+    return _about(reduce_axes, x, mask, share, _finite(_sample_mean(x, reduce_axes, share.dtype)))
 
 
 def _about_zero_or_mean(reduce_axes, x, mask, share):
     """Raw sums; where some channel lost more than four bits (or is not finite) two reads more.
+
+    Both branches end in sums about a shift. What follows them is the same, so that it is compiled once, in the
+    kernels that use it.
 
     A mask multiplies, since XLA:CPU writes a selection to memory before it sums it; a masked value that
     is not finite then shows in the sum, as any other does.
@@ -95,39 +99,42 @@ def _about_zero_or_mean(reduce_axes, x, mask, share):
     total = jnp.sum(first, reduce_axes)
     in_turn = share.dtype == x.dtype and math.prod(x.shape[a] for a in reduce_axes) >= _TALL
     squares = lax.square(second)
-    sums = total, sum_after(total, squares, reduce_axes) if in_turn else jnp.sum(squares, reduce_axes)
-    _, var, square = _from_sums(share, *sums)
-    harmless = jnp.max(square - _CANCELLATION * var, initial=-jnp.inf) <= 0  # False for NaN and inf, too
-    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, *sums)
+    squares = sum_after(total, squares, reduce_axes) if in_turn else jnp.sum(squares, reduce_axes)
+    mean, square = _finite(total * share), squares * share
+    lost = square - _CANCELLATION * (square - lax.square(mean))
+    harmless = jnp.max(lost, initial=-jnp.inf) <= 0  # False for NaN and inf, too
+    zero = jnp.zeros_like(mean)
+    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, zero, mean, squares)
 
 
-def _from_sums(share, total, squares):
-    mean, square = total * share, squares * share
-    return mean, square - lax.square(mean), square
+def _as_it_is(x, mask, share, zero, mean, squares):
+    return zero, mean, squares
 
 
-def _as_it_is(x, mask, share, total, squares):
-    mean, var, _ = _from_sums(share, total, squares)
-    return mean, jnp.zeros_like(mean), var
-
-
-def _again(reduce_axes, x, mask, share, total, squares):
+def _again(reduce_axes, x, mask, share, zero, mean, squares):
     if mask is not None:  # the raw sums may have met what it hides: select, then multiply
-        return _about_mean(reduce_axes, select(mask, x, jnp.zeros((), share.dtype)), _weight(mask), share)
-    return _about(reduce_axes, x, mask, share, total * share)
+        x = select(mask, x, jnp.zeros((), share.dtype))
+        return _about_mean(reduce_axes, x, _weight(mask), share)
+    return _about(reduce_axes, x, mask, share, mean)
 
 
 def _about(reduce_axes, x, mask, share, shift):
-    """μ in two parts and σ², by sums about ``shift``; scaled first, so their range is that of σ²."""
-    shift = jnp.where(jnp.isfinite(shift), shift, 0)
+    """Sums about ``shift``: it, the mean of x − shift, and the sum of its squares."""
     (x1, mask1, shift1), (x2, mask2, shift2) = separate(((x, mask, shift),) * 2)
     first = (x1.astype(share.dtype) - lax.expand_dims(shift1, reduce_axes)) * lax.expand_dims(share, reduce_axes)
-    second = (x2.astype(share.dtype) - lax.expand_dims(shift2, reduce_axes)) / 4
-    delta = jnp.sum(_shown(first, mask1), reduce_axes)
-    square = 16 * (jnp.sum(lax.square(_shown(second, mask2)), reduce_axes) * share)
-    mean = shift + delta
-    var = jnp.where(jnp.isinf(square), square, jnp.maximum(square - lax.square(delta), 0))  # no inf − inf
-    return mean, delta - (mean - shift), var
+    second = x2.astype(share.dtype) - lax.expand_dims(shift2, reduce_axes)
+    delta = jnp.sum(_shown(first, mask1), reduce_axes)  # scaled first, so that it does not overflow
+    return shift, delta, jnp.sum(lax.square(_shown(second, mask2)), reduce_axes)
+
+
+def _finite(shift):
+    return lax.select(lax.is_finite(shift), shift, jnp.zeros_like(shift))
+
+
+def _variance(share, delta, squares):
+    """σ², never negative, from sums about a shift; inf where they overflow."""
+    square = squares * share
+    return lax.select(square < jnp.inf, lax.max(square - lax.square(delta), jnp.zeros_like(square)), square)
 
 
 def _weight(mask):

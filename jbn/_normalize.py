@@ -91,7 +91,6 @@ def _rule(layout, primals, tangents):
     x_dot, *vectors_dot = tangents[:5]
     y, mean, var = _kernel(layout, *primals)
     r = lax.rsqrt(var + eps)
-    scale = gamma * r
     known = _Known(x, mean, moments.delta, r, mask)
     # What does not move is left out, so that nothing of its size is made or kept.
     x_moves = _moves(x_dot)
@@ -108,11 +107,8 @@ def _rule(layout, primals, tangents):
         half_var_dot, mean_dot = (v / jnp.maximum(moments.count, 1) for v in sums)
     else:
         half_var_dot = mean_dot = jnp.zeros_like(mean)
-    coefficients: Any = (gamma_dot - scale * (r * (half_var_dot + eps_dot / 2)), beta_dot - scale * mean_dot)
-    if any(varying_axes(x) - varying_axes(v) for v in coefficients):
-        # Once for both: transposed, one collective.
-        coefficients = to_varying(jnp.stack(coefficients), varying_axes(x))
-    y_dot = _tangent(layout, known, scale, coefficients if vectors_move else None, x_dot if x_moves else None)
+    moving = (gamma_dot, beta_dot, half_var_dot + eps_dot / 2, mean_dot)
+    y_dot = _tangent(layout, known, gamma, moving if vectors_move else None, x_dot if x_moves else None)
     return (y, mean, var), (y_dot, mean_dot, 2 * half_var_dot)
 
 
@@ -142,16 +138,22 @@ def _tangent_sums(layout, known, x_dot):
 
 
 @_recomputed
-def _tangent(layout, known, scale, coefficients, x_dot):
-    """ẏ = x̂·p + q + γr·ẋ, for p and q the two of ``coefficients``; a None does not move."""
+def _tangent(layout, known, gamma, moving, x_dot):
+    """ẏ = x̂·p + q + γr·ẋ, with p = γ̇ − γr·rA and q = β̇ − γr·B for ``moving`` = (γ̇, β̇, A, B); a None does not move."""
     known = separate(known)
     present = _present(layout, known)
     x, mean = known.x, known.mean
     if present is not None:  # transposed, the first term is a reduction, into which a selection is not pulled
-        (constant,) = _over(layout, mean)
+        (constant,) = _over(layout, mean + known.delta)
         x, mean = separate((select(present, x, constant), mean))
+    scale = gamma * known.r
     terms = []
-    if coefficients is not None:
+    if moving is not None:
+        gamma_dot, beta_dot, a, b = moving
+        coefficients: Any = (gamma_dot - scale * (known.r * a), beta_dot - scale * b)
+        if any(varying_axes(known.x) - varying_axes(v) for v in coefficients):
+            # Once for both: transposed, one collective.
+            coefficients = to_varying(jnp.stack(coefficients), varying_axes(known.x))
         p, q = coefficients
         p = p * known.r
         p, q = _over(layout, p, q - known.delta * p)

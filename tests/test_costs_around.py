@@ -63,27 +63,27 @@ def arguments(dtype, shape=LARGE):
 @DTYPES
 def test_the_program_of_a_layer_is_small(dtype):
     args = arguments(dtype)
-    assert 50 < equations(layer, *args) <= 200
+    assert 50 < equations(layer, *args) <= 170
     assert 50 < instructions(layer, *args) <= 250
-    assert 5 < kernels(layer, *args) <= 22
+    assert 5 < kernels(layer, *args) <= 17
 
 
 @DTYPES
 def test_the_program_of_its_gradient_is_small(dtype):
     args = arguments(dtype)
-    assert 50 < equations(gradient, *args) <= 280
-    assert 50 < instructions(gradient, *args) <= 340
-    assert 5 < kernels(gradient, *args) <= 28
+    assert 50 < equations(gradient, *args) <= 250
+    assert 50 < instructions(gradient, *args) <= 360
+    assert 5 < kernels(gradient, *args) <= 21
 
 
 @DTYPES
 def test_a_small_batch_costs_fewer_kernels_still(dtype):
     args = arguments(dtype, (16, 8))
     assert 2 < kernels(layer, *args) <= 11
-    assert 2 < kernels(gradient, *args) <= 17
+    assert 2 < kernels(gradient, *args) <= 13
 
 
-def test_the_program_of_many_layers_grows_with_their_number_and_no_faster():
+def test_layers_of_one_shape_share_one_program():
     params, state, x = arguments(jnp.float32)
 
     def network(depth):
@@ -97,6 +97,7 @@ def test_the_program_of_many_layers_grows_with_their_number_and_no_faster():
         return jax.grad(loss, argnums=(0, 1), has_aux=True)
 
     one, two, eight = (instructions(network(n), [params] * n, x) for n in (1, 2, 8))
+    assert two - one <= one / 10
     assert eight <= one + 7 * (two - one)
 
 

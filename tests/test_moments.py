@@ -21,15 +21,17 @@ LAYOUTS = {
 }
 
 
+@partial(jax.jit, static_argnums=1)
 def by_sample(x, reduce_axes):
-    count = _moments._count(x, None, reduce_axes, jnp.float32)
-    return jax.jit(partial(_moments._about_sample, reduce_axes))(x, None, 1 / count)
+    share = 1 / _moments._count(x, None, reduce_axes, jnp.float32)
+    shift, delta, squares = _moments._about_sample(reduce_axes, x, None, share)
+    return shift, delta, _moments._variance(share, delta, squares)
 
 
 def variance_error(x, reduce_axes):
     x64 = np.asarray(x, np.float64)
-    mean, delta, var = by_sample(jnp.asarray(x), reduce_axes)
-    far = np.abs(np.asarray(mean, np.float64) + np.asarray(delta) - x64.mean(reduce_axes)) / x64.std(reduce_axes)
+    shift, delta, var = by_sample(jnp.asarray(x), reduce_axes)
+    far = np.abs(np.asarray(shift, np.float64) + np.asarray(delta) - x64.mean(reduce_axes)) / x64.std(reduce_axes)
     return oracle.relative_error(var, x64.var(reduce_axes)), far.max()
 
 
