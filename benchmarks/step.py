@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import random
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ NORMS = {
 
 
 class Step:
-    """A compiled training step that runs on from where it stopped, with its memory and its first loss."""
+    """A compiled training step that runs on from where it stopped, with its memory, its compilation and its first loss."""
 
     def __init__(self, name: str, case: Case, dtype: str):
         import jax
@@ -114,7 +115,11 @@ class Step:
             return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
 
         step = jax.jit(make_train_step(network.apply, loss_fn, optimizer), donate_argnums=0)
-        self._compiled = step.lower(self._train_state, self._batch).compile()
+        for _ in range(2):  # the first loads what is compiled with
+            jax.clear_caches()
+            start = time.process_time()
+            self._compiled = step.lower(self._train_state, self._batch).compile()
+            self.compilation = time.process_time() - start
         self.temporaries = self._compiled.memory_analysis().temp_size_in_bytes
         self.last_metrics: dict[str, Any] = {}
         self.first_loss = float(self())
@@ -143,7 +148,8 @@ def page(run: harness.Run) -> str:
         f"{run.settings['rounds']} rounds in random order; medians, with quartiles in brackets. Forward, backward, SGD "
         "with momentum and the update of the running statistics, in one jit. A norm's share is what its step "
         "takes longer than the step without norms, in percent of its step. Temporaries: memory that the compiled "
-        "step needs beside its arguments and results.",
+        "step needs beside its arguments and results. Compilation: processor seconds of all threads, from Python to "
+        "machine code, once.",
         *(f"Skipped: {NORMS[name].title}, {why}." for name, why in run.skipped.items()),
     ]
     for row in run.rows:
@@ -151,7 +157,7 @@ def page(run: harness.Run) -> str:
         parts.append("## {}, {}".format(row["title"], row["dtype"]))
         parts.append(
             harness.markdown_table(
-                ["", "ms a step", "time / time with jbn", "share of the step, %", "temporaries, MB"],
+                ["", "ms a step", "time / time with jbn", "share of the step, %", "temporaries, MB", "compilation, s"],
                 [_line(row, name) for name in names],
             )
         )
@@ -168,6 +174,7 @@ def _line(row, name):
         harness.spread(harness.ratios(seconds[name], seconds["jbn"])).text() if "jbn" in seconds else "–",
         "–" if part is None or name == "none" else harness.spread(part).text(1),
         f"{row['temporaries'][name] / 1e6:.1f}",
+        f"{row['compilation'][name]:.2f}",
     ]
 
 
@@ -252,6 +259,7 @@ def _measured(case, dtype, names, order, options):
         "case": case._asdict(),
         "seconds": {name: [float(f"{t:.5g}") for t in seconds[name]] for name in names if name in seconds},
         "temporaries": {name: step.temporaries for name, step in steps.items()},
+        "compilation": {name: float(f"{step.compilation:.4g}") for name, step in steps.items()},
         "first_loss": {name: step.first_loss for name, step in steps.items()},
         "errors": errors,
     }
