@@ -89,7 +89,7 @@ NORMS = {
 
 
 class Step:
-    """A compiled training step that runs on from where it stopped, with its memory, its compilation and its first loss."""
+    """A compiled training step that runs on from where it stopped, with what its compiler said and its first loss."""
 
     def __init__(self, name: str, case: Case, dtype: str):
         import jax
