@@ -131,15 +131,10 @@ def eager(name: str, case: dict[str, Any]) -> Callable[[], Any]:
 
 
 @dataclasses.dataclass
-class Run:
+class Run(harness.Run):
     """All that was measured."""
 
-    about: dict[str, Any]
-    versions: dict[str, str]
-    device: str
-    settings: dict[str, Any]
-    skipped: dict[str, str]
-    imports: dict[str, list[float]]  # ms
+    imports: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # ms
     compilation: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype → stage → name → s of processor
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype → name → bytes over those of x
     eager: dict[str, Any] = dataclasses.field(default_factory=dict)  # mode → name → s
@@ -228,7 +223,7 @@ def measure(options: Any) -> Run:
         "layers": LAYERS,
         "shape": SHAPE,
     }
-    run = Run(about, versions, f"{device.platform}: {device.device_kind}", settings, skipped, found)
+    run = Run(about, versions, f"{device.platform}: {device.device_kind}", settings, skipped, imports=found)
     for dtype in options.dtypes:
         run.compilation[dtype] = compilations(dtype, names, options.rounds, order)
         total = run.compilation[dtype]["all"]
