@@ -264,10 +264,10 @@ def _bn_update(options, state, stats, momentum):
     w = _weight(count, jnp.asarray(momentum, state.mean.dtype), debias)
 
     def moved(running, batch):
-        blended = jnp.where(w == 1, batch, (1 - w) * running + w * batch)
-        return lax.stop_gradient(jnp.where(usable, blended, running))
+        blended = lax.select(w == 1, batch, (1 - w) * running + w * batch)
+        return lax.stop_gradient(lax.select(usable, blended, running))
 
-    return BNState(moved(state.mean, mean), moved(state.var, var), jnp.where(usable, count, state.count))
+    return BNState(moved(state.mean, mean), moved(state.var, var), lax.select(usable, count, state.count))
 
 
 def _weight(count, momentum, debias):

@@ -53,7 +53,7 @@ def bn_affine(params: BNParams, state: BNState, *, eps: Any = 1e-5) -> tuple[jax
     return _affine(params, state, _checks.as_eps(eps))
 
 
-@partial(jax.jit, inline=True)
+@jax.jit
 def _affine(params, state, eps):
     dtype = _checks.compute_dtype(state.mean.dtype)
     mean, var, eps = (jnp.asarray(v, dtype) for v in (state.mean, state.var, eps))
@@ -117,7 +117,7 @@ def bn_fold(
     return _folded(axis, params, state, kernel, bias, _checks.as_eps(eps))
 
 
-@partial(jax.jit, static_argnums=0, inline=True)
+@partial(jax.jit, static_argnums=0)
 def _folded(axis, params, state, kernel, bias, eps):
     scale, shift = _affine(params, state, eps)
     dtype = max(scale.dtype, _checks.compute_dtype(kernel.dtype), key=lambda dtype: dtype.itemsize)

@@ -34,7 +34,7 @@ _TINY = 2.0**-64
 class Moments(NamedTuple):
     """Moments of a batch; the mean in two parts, since one float32 is too coarse at a large offset."""
 
-    mean: jax.Array  # (C,) a number no further from the mean than some standard deviations
+    mean: jax.Array  # (C,) a number near the mean, against the standard deviation
     delta: jax.Array  # (C,) what it leaves out: μ = mean + delta
     var: jax.Array  # (C,) biased
     count: jax.Array  # type: ignore[assignment]  # (C,) how many values, as a float
@@ -103,15 +103,14 @@ def _about_zero_or_mean(reduce_axes, x, mask, share):
     mean, square = _finite(total * share), squares * share
     lost = square - _CANCELLATION * (square - lax.square(mean))
     harmless = jnp.max(lost, initial=-jnp.inf) <= 0  # False for NaN and inf, too
-    zero = jnp.zeros_like(mean)
-    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, zero, mean, squares)
+    return lax.cond(harmless, _as_it_is, partial(_again, reduce_axes), x, mask, share, mean, squares)
 
 
-def _as_it_is(x, mask, share, zero, mean, squares):
-    return zero, mean, squares
+def _as_it_is(x, mask, share, mean, squares):
+    return jnp.zeros_like(mean), mean, squares
 
 
-def _again(reduce_axes, x, mask, share, zero, mean, squares):
+def _again(reduce_axes, x, mask, share, mean, squares):
     if mask is not None:  # the raw sums may have met what it hides: select, then multiply
         x = select(mask, x, jnp.zeros((), share.dtype))
         return _about_mean(reduce_axes, x, _weight(mask), share)
@@ -291,7 +290,7 @@ def bn_merge_stats(*stats: Any, axis: int | None = None) -> Any:
     return map_nodes(merge, tuple(("stats", BNStats) for _ in stats), *stats)
 
 
-@partial(jax.jit, inline=True)
+@jax.jit
 def _merged(parts: list[BNStats]) -> BNStats:
     mean, var, count = (jnp.concatenate(column) for column in zip(*parts, strict=True))
     return as_stats(pool(Moments(mean, jnp.zeros_like(mean), var, count.astype(mean.dtype))))

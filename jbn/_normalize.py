@@ -104,7 +104,8 @@ def _rule(layout, primals, tangents):
         sums = _tangent_sums(layout, known, x_dot)
         if layout.names:  # stacked for a collective only: apart they are fewer kernels
             sums = psum(jnp.stack(sums), layout.names, layout.groups)
-        half_var_dot, mean_dot = (v / jnp.maximum(moments.count, 1) for v in sums)
+        count = jnp.maximum(moments.count, 1)
+        half_var_dot, mean_dot = (v / count for v in sums)
     else:
         half_var_dot = mean_dot = jnp.zeros_like(mean)
     moving = (gamma_dot, beta_dot, half_var_dot + eps_dot / 2, mean_dot)
@@ -139,7 +140,7 @@ def _tangent_sums(layout, known, x_dot):
 
 @_recomputed
 def _tangent(layout, known, gamma, moving, x_dot):
-    """ẏ = x̂·p + q + γr·ẋ, with p = γ̇ − γr·rA and q = β̇ − γr·B for ``moving`` = (γ̇, β̇, A, B); a None does not move."""
+    """ẏ = x̂·p + q + γr·ẋ, with p = γ̇ − γr·A and q = β̇ − γr·B for ``moving`` = (γ̇, β̇, A/r, B); a None does not move."""
     known = separate(known)
     present = _present(layout, known)
     x, mean = known.x, known.mean

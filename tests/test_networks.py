@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import assert_refused, refusals
 
 from jbn import BNParams, BNState, BNStats, bn_apply, bn_labels, bn_update_stats, weight_decay_mask
 from jbn.networks import Network, mlp
@@ -359,11 +360,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "text"), ERRORS, ids=[text.split(";")[0] for _, _, text in ERRORS])
+@refusals(ERRORS)
 def test_errors_say_what_was_given_what_was_expected_and_what_to_do(call, error, text):
-    with pytest.raises(error) as caught:
-        call()
-    assert str(caught.value) == text
+    assert_refused(call, error, text)
 
 
 def test_a_network_is_a_pair():

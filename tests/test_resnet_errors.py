@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import pytest
+from refusals import assert_refused, refusals
 
 from jbn.networks import resnet
 
@@ -110,8 +110,6 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "text"), ERRORS, ids=[text.split(";")[0] for _, _, text in ERRORS])
+@refusals(ERRORS)
 def test_errors_say_what_was_given_what_was_expected_and_what_to_do(call, error, text):
-    with pytest.raises(error) as caught:
-        call()
-    assert str(caught.value) == text
+    assert_refused(call, error, text)

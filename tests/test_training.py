@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from refusals import assert_refused, refusals
 from training_setup import (
     OPTIMIZERS,
     SIZES,
@@ -332,8 +333,6 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "text"), ERRORS, ids=[text.split(";")[0] for _, _, text in ERRORS])
+@refusals(ERRORS)
 def test_errors_say_what_was_given_what_was_expected_and_what_to_do(call, error, text):
-    with pytest.raises(error) as caught:
-        call()
-    assert str(caught.value) == text
+    assert_refused(call, error, text)
