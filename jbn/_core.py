@@ -14,7 +14,7 @@ from jbn._normalize import Layout, normalize
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
 from jbn._variants import in_blocks, renormalized
 
-__all__ = ["bn_apply", "bn_init", "bn_update_stats", "normalize_inputs"]
+__all__ = ["apply_unchecked", "bn_apply", "bn_init", "bn_update_stats", "normalize_inputs"]
 
 
 def bn_init(
@@ -149,14 +149,35 @@ def bn_apply(
     limits = _checks.as_renorm(renorm)
     if state is not None or not train or limits is not None:
         state = _checks.as_state(state, shape)
-    layout = Layout(tuple(a for a in range(x.ndim) if a not in axes), names, groups, train)
-    if not train:
-        return _bn_evaluate(layout._replace(names=(), groups=None), params, state, x, eps, mask)
-    devices = axis_total(names)
-    _checks_axes.groups_cover(groups, devices)
-    _checks_axes.several_values(x.shape, layout.reduce_axes, devices, groups, ghost_size)
-    x = enter(x, names)
-    return _bn_train((layout, ghost_size), params, state if limits else None, x, eps, mask, limits)
+    layout = Layout(tuple(a for a in range(x.ndim) if a not in axes), names, groups, train, ghost_size)
+    if train:
+        devices = axis_total(names)
+        _checks_axes.groups_cover(groups, devices)
+        _checks_axes.several_values(x.shape, layout.reduce_axes, devices, groups, ghost_size)
+    return apply_unchecked(layout, params, state, x, eps, mask, limits)
+
+
+def apply_unchecked(
+    layout: Layout,
+    params: BNParams,
+    state: BNState | None,
+    x: jax.Array,
+    eps: Any,
+    mask: jax.Array | None = None,
+    limits: tuple[Any, Any] | None = None,
+) -> tuple[jax.Array, BNStats]:
+    """`bn_apply` below its checks, for the doors to other frameworks, whose conventions are wider.
+
+    The layout says what is static. x is a real floating-point array; a mask is bool and broadcasts against x;
+    y takes ``layout.dtype``, whatever that is; γ and β take any shape that broadcasts against (C,); one value
+    per channel has variance 0 and output β.
+    """
+    if mask is not None and mask.ndim < x.ndim:
+        mask = lax.expand_dims(mask, range(x.ndim - mask.ndim))
+    if not layout.train:
+        layout = layout._replace(names=(), groups=None, ghost_size=None)
+        return _bn_evaluate(layout, params, state, x, eps, mask)
+    return _bn_train(layout, params, state if limits else None, enter(x, layout.names), eps, mask, limits)
 
 
 # Compiled as one piece also where the caller does not: an eager call is one dispatch. In a trace it stays a call, so
@@ -165,12 +186,11 @@ _compiled = partial(jax.jit, static_argnums=0)
 
 
 @_compiled
-def _bn_train(static, params, state, x, eps, mask, limits):
-    whole, ghost_size = static
+def _bn_train(whole, params, state, x, eps, mask, limits):
     shape, dtype, equal = x.shape, _checks.compute_dtype(x.dtype), mask is None
     layout = whole
-    if ghost_size is not None:
-        layout, x, mask = in_blocks(whole, ghost_size, x, mask)
+    if whole.ghost_size is not None:
+        layout, x, mask = in_blocks(whole, x, mask)
     moments = measure(x, mask, layout.reduce_axes, dtype)
     if layout.names:
         moments = pool_over_devices(moments, layout.names, layout.groups, equal)
@@ -178,7 +198,7 @@ def _bn_train(static, params, state, x, eps, mask, limits):
     if limits is not None:
         gamma, beta = renormalized(gamma, beta, eps, moments, state, limits)
     y, moments = normalize(layout, x, gamma, beta, eps, moments, mask)
-    if ghost_size is not None:
+    if whole.ghost_size is not None:
         y, moments = y.reshape(shape), pool(moments)
         if whole.names:
             moments = pool_over_devices(moments, whole.names, whole.groups, equal)
@@ -335,7 +355,7 @@ def _standardized(reduce_axes, x, stats, eps):
     else:
         mean, var, count = (leaf.astype(dtype) for leaf in stats)
         moments = Moments(mean, jnp.zeros_like(mean), var, count)
-    layout = Layout(reduce_axes, (), None, train=False)
+    layout = Layout(reduce_axes, train=False)
     spread = moments.var + jnp.asarray(eps, dtype)
     gamma = jnp.where(spread > 0, 1, 0).astype(dtype)
     safe = moments._replace(var=jnp.where(spread > 0, spread, 1))

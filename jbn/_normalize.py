@@ -43,9 +43,11 @@ class Layout(NamedTuple):
     """What is static about a call."""
 
     reduce_axes: tuple[int, ...]
-    names: tuple[Any, ...]  # named axes over which the moments were pooled
-    groups: Groups | None  # indices along them that were pooled with each other; None for all
-    train: bool  # whether the moments are those of x
+    names: tuple[Any, ...] = ()  # named axes over which the moments are pooled
+    groups: Groups | None = None  # indices along them that are pooled with each other; None for all
+    train: bool = True  # whether the moments are those of x
+    ghost_size: int | None = None  # examples in each block that is normalized by itself; None for all
+    dtype: Any = None  # of y; None for that of x
 
 
 class _Known(NamedTuple):
@@ -67,7 +69,7 @@ def normalize(
     moments: Moments,
     mask: jax.Array | None,
 ) -> tuple[jax.Array, Moments]:
-    """Returns y, in x's dtype, and the moments with the derivative that they have as those of x."""
+    """Returns y, in ``layout.dtype``, and the moments with the derivative that they have as those of x."""
     if layout.train:
         moments = lax.stop_gradient(moments)
     y, mean, var = _kernel(layout, x, gamma, beta, eps, moments, mask)
@@ -82,7 +84,8 @@ def _kernel(layout, x, gamma, beta, eps, moments, mask):
     # The rounding of the mean is made good once for each channel, in what is added.
     scale, shift, beta = _over(layout, gamma * r, beta - delta * (gamma * r), beta)
     y = _apart(layout, x, mean) * scale + shift
-    return (y if present is None else jnp.where(present, y, beta)).astype(x.dtype), mean, var
+    y = y if present is None else jnp.where(present, y, beta)
+    return y.astype(x.dtype if layout.dtype is None else layout.dtype), mean, var
 
 
 @partial(_kernel.defjvp, symbolic_zeros=True)
@@ -162,7 +165,8 @@ def _tangent(layout, known, gamma, moving, x_dot):
     if x_dot is not None:
         (scale,) = _over(layout, scale)
         terms.append((x_dot if present is None else jnp.where(present, x_dot, 0)) * scale)
-    return add(known.x.dtype, *terms) if terms else jnp.zeros_like(known.x)
+    dtype = known.x.dtype if layout.dtype is None else layout.dtype
+    return add(dtype, *terms) if terms else jnp.zeros_like(known.x, dtype)
 
 
 def _over(layout, *vectors):

@@ -13,19 +13,22 @@ from jbn._pytrees import BNState
 __all__ = ["in_blocks", "renormalized"]
 
 
-def in_blocks(
-    layout: Layout, ghost_size: int, x: jax.Array, mask: jax.Array | None
-) -> tuple[Layout, jax.Array, jax.Array | None]:
+def in_blocks(layout: Layout, x: jax.Array, mask: jax.Array | None) -> tuple[Layout, jax.Array, jax.Array | None]:
     """x and mask with the leading axis cut into blocks, and a layout in which each block has features of its own.
 
     References:
         Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", section 4.
     """
-    blocks = (x.shape[0] // ghost_size, ghost_size)
+    assert layout.ghost_size is not None
+    blocks = (x.shape[0] // layout.ghost_size, layout.ghost_size)
     if mask is not None:
         mask = mask.reshape(((1, 1) if mask.shape[0] == 1 else blocks) + mask.shape[1:])
     reduce_axes = tuple(a + 1 for a in layout.reduce_axes)
-    return layout._replace(reduce_axes=reduce_axes, names=(), groups=None), x.reshape(blocks + x.shape[1:]), mask
+    return (
+        layout._replace(reduce_axes=reduce_axes, names=(), groups=None, ghost_size=None),
+        x.reshape(blocks + x.shape[1:]),
+        mask,
+    )
 
 
 def renormalized(
