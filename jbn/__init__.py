@@ -17,7 +17,7 @@ and returned. Everything works under ``jit``, ``vmap``, ``grad`` and JAX's other
 
 from jbn._core import bn_apply, bn_init, bn_update_stats, normalize_inputs
 from jbn._inference import bn_affine, bn_calibrate, bn_fold
-from jbn._moments import bn_merge_stats
+from jbn._pool import bn_merge_stats
 from jbn._pytrees import BNParams, BNState, BNStats, bn_labels, weight_decay_mask
 
 __version__ = "0.1.0"

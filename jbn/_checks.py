@@ -80,10 +80,10 @@ def as_batch(name: str, x: Any) -> jax.Array:
 
 
 def as_data(name: str, x: Any) -> jax.Array:
-    """A real array; integers and booleans become float32."""
+    """A real array, integers and booleans included."""
     x = _as_array(name, x)
     exact = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_
-    return as_batch(name, x.astype(jnp.float32) if exact else x)
+    return x if exact and x.ndim else as_batch(name, x.astype(jnp.float32) if exact else x)
 
 
 def _as_array(name: str, x: Any) -> jax.Array:

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn import _checks, _checks_axes
-from jbn._moments import Moments, as_stats, measure, pool, pool_over_devices
-from jbn._named_axes import axis_total, enter
+from jbn._collectives import as_device_share, axis_total
+from jbn._measure import measure
 from jbn._normalize import Layout, normalize
+from jbn._pool import Moments, as_stats, pool, pool_over_devices, unbiased_factor
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
-from jbn._variants import in_blocks, renormalized
+from jbn._shardings import filled_like, laid_out_like, spec_of, with_spec
+from jbn._variants import in_blocks, out_of_blocks, renormalized
 
 __all__ = ["apply_unchecked", "bn_apply", "bn_init", "bn_update_stats", "normalize_inputs"]
 
@@ -177,7 +179,7 @@ def apply_unchecked(
     if not layout.train:
         layout = layout._replace(names=(), groups=None, ghost_size=None)
         return _bn_evaluate(layout, params, state, x, eps, mask)
-    return _bn_train(layout, params, state if limits else None, enter(x, layout.names), eps, mask, limits)
+    return _bn_train(layout, params, state, as_device_share(x, layout.names), eps, mask, limits)
 
 
 # Compiled as one piece also where the caller does not: an eager call is one dispatch. In a trace it stays a call, so
@@ -187,41 +189,68 @@ _compiled = partial(jax.jit, static_argnums=0)
 
 @_compiled
 def _bn_train(whole, params, state, x, eps, mask, limits):
-    shape, dtype, equal = x.shape, _checks.compute_dtype(x.dtype), mask is None
+    x, mask, params, state = _aligned(whole, x, mask, params, state)
+    dtype, equal, like = _checks.compute_dtype(x.dtype), mask is None, x
     layout = whole
     if whole.ghost_size is not None:
         layout, x, mask = in_blocks(whole, x, mask)
-    moments = measure(x, mask, layout.reduce_axes, dtype)
-    if layout.names:
-        moments = pool_over_devices(moments, layout.names, layout.groups, equal)
+    known = None if state is None else state.mean
+    moments = measure(x, mask, layout.reduce_axes, dtype, names=layout.names, groups=layout.groups, known=known)
     gamma, beta, eps = _filled(params, eps, moments)
     if limits is not None:
         gamma, beta = renormalized(gamma, beta, eps, moments, state, limits)
     y, moments = normalize(layout, x, gamma, beta, eps, moments, mask)
     if whole.ghost_size is not None:
-        y, moments = y.reshape(shape), pool(moments)
-        if whole.names:
-            moments = pool_over_devices(moments, whole.names, whole.groups, equal)
+        y = out_of_blocks(y, like)
+        moments = pool_over_devices(pool(moments), whole.names, whole.groups, equal)
     return y, as_stats(moments)
 
 
 @_compiled
 def _bn_evaluate(layout, params, state, x, eps, mask):
+    x, mask, params, state = _aligned(layout, x, mask, params, state)
     dtype = _checks.compute_dtype(x.dtype)
-    mean, var, nothing = (v.astype(dtype) for v in (state.mean, state.var, jnp.zeros_like(state.mean)))
+    mean, var = state.mean.astype(dtype), state.var.astype(dtype)
+    nothing = filled_like(mean, 0)
     moments = Moments(mean, nothing, var, nothing)
     gamma, beta, eps = _filled(params, eps, moments)
     y, moments = normalize(layout, x, gamma, beta, eps, moments, mask)
     return y, as_stats(moments)
 
 
+def _aligned(layout, x, mask, params, state):
+    """The same arrays, all split over an explicit mesh as x·γ is: x's feature axes as γ's where x itself is whole.
+
+    Resharding here keeps everything behind it free of shardings that differ, and its transpose gives each cotangent
+    the layout of its primal.
+    """
+    features = [a for a in range(x.ndim) if a not in layout.reduce_axes]
+    spec = list(spec_of(x))
+    if params.gamma is not None and jnp.ndim(params.gamma) == len(features):
+        for a, entry in zip(features, spec_of(params.gamma), strict=True):
+            spec[a] = entry if spec[a] is None else spec[a]
+    x = with_spec(x, spec, mesh_of=params.gamma)
+    if mask is not None:
+        mask = with_spec(mask, [spec[a] if mask.shape[a] == n else None for a, n in enumerate(x.shape)], mesh_of=x)
+    shape = tuple(x.shape[a] for a in features)
+
+    def along_features(v):
+        v = jnp.asarray(v)
+        return with_spec(v, [spec[a] for a in features], mesh_of=x) if v.shape == shape else v
+
+    return x, mask, *jax.tree.map(along_features, (params, state))
+
+
 def _filled(params, eps, moments):
-    """γ (1 where it was left out), β (0 where it was), and ε, in the shape and dtype of the moments."""
-    shape, dtype = moments.mean.shape, moments.mean.dtype
-    gamma = jnp.ones(shape, dtype) if params.gamma is None else params.gamma
-    beta = jnp.zeros(shape, dtype) if params.beta is None else params.beta
-    gamma, beta = (jnp.broadcast_to(jnp.asarray(v, dtype), shape) for v in (gamma, beta))
-    return gamma, beta, jnp.asarray(eps, dtype)
+    """γ (1 where it was left out), β (0 where it was), and ε, in the shape, dtype and layout of the moments."""
+    like = moments.mean_hi
+    gamma, beta = (
+        filled_like(like, default)
+        if value is None
+        else laid_out_like(jnp.broadcast_to(jnp.asarray(value, like.dtype), like.shape), like)
+        for value, default in zip(params, (1, 0), strict=True)
+    )
+    return gamma, beta, jnp.asarray(eps, like.dtype)
 
 
 def bn_update_stats(state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool = True, unbiased: bool = True) -> Any:
@@ -274,23 +303,25 @@ def bn_update_stats(state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool
 @_compiled
 def _bn_update(options, state, stats, momentum):
     debias, unbiased = options
-    mean, var, m = lax.stop_gradient(stats)
+    running_mean, running_var, updates = (laid_out_like(v, state.mean) for v in state)
+    mean, var, m = (laid_out_like(v, state.mean) for v in lax.stop_gradient(stats))
     m = m.astype(var.dtype)
     if unbiased:
-        var = var * jnp.where(m > 1, m / jnp.maximum(m - 1, 1), 1)
-    mean, var = mean.astype(state.mean.dtype), var.astype(state.var.dtype)
+        var = var * unbiased_factor(m)
+    mean, var = mean.astype(running_mean.dtype), var.astype(running_var.dtype)
     usable = (m > 0) & jnp.isfinite(m) & jnp.isfinite(mean) & jnp.isfinite(var)
-    count = jnp.minimum(state.count, jnp.iinfo(state.count.dtype).max - 1) + 1
-    w = _weight(count, jnp.asarray(momentum, state.mean.dtype), debias)
+    count = jnp.minimum(updates, jnp.iinfo(updates.dtype).max - 1) + 1
+    w = _share_of_batch(count, jnp.asarray(momentum, mean.dtype), debias)
 
     def moved(running, batch):
-        blended = lax.select(w == 1, batch, (1 - w) * running + w * batch)
-        return lax.stop_gradient(lax.select(usable, blended, running))
+        return lax.stop_gradient(jnp.where(w == 1, batch, (1 - w) * running + w * batch))
 
-    return BNState(moved(state.mean, mean), moved(state.var, var), lax.select(usable, count, state.count))
+    new = (moved(running_mean, mean), moved(running_var, var), count)
+    kept = (jnp.where(usable, now, old) for now, old in zip(new, (running_mean, running_var, updates), strict=True))
+    return BNState(*(laid_out_like(v, old) for v, old in zip(kept, state, strict=True)))
 
 
-def _weight(count, momentum, debias):
+def _share_of_batch(count, momentum, debias):
     """w of the batch at update t = ``count``, in a form that keeps its digits for momentum close to 1."""
     left = 1 - momentum
     if not debias:
@@ -350,14 +381,17 @@ def _standardized(reduce_axes, x, stats, eps):
     if stats is None:
         moments = measure(x, None, reduce_axes, dtype)
         # Rounding leaves a constant feature a variance of some 1e-16: it is 0, and so is its output.
-        least, most = (jnp.min(x, reduce_axes, initial=jnp.inf), jnp.max(x, reduce_axes, initial=-jnp.inf))
-        moments = moments._replace(var=jnp.where(least < most, moments.var, 0 * moments.mean))
+        least = jnp.min(x.astype(dtype), reduce_axes, initial=jnp.inf)
+        most = jnp.max(x.astype(dtype), reduce_axes, initial=-jnp.inf)
+        moments = moments._replace(var=jnp.where(least < most, moments.var, 0))
     else:
-        mean, var, count = (leaf.astype(dtype) for leaf in stats)
-        moments = Moments(mean, jnp.zeros_like(mean), var, count)
-    layout = Layout(reduce_axes, train=False)
+        features = [entry for a, entry in enumerate(spec_of(x)) if a not in reduce_axes]
+        mean, var, count = (with_spec(jnp.asarray(v).astype(dtype), features, mesh_of=x) for v in stats)
+        moments = Moments(mean, filled_like(mean, 0), var, count)
+    exact = not jnp.issubdtype(x.dtype, jnp.floating)  # converted where it is read, not to an array of its own
+    layout = Layout(reduce_axes, train=False, dtype=dtype if exact else None)
     spread = moments.var + jnp.asarray(eps, dtype)
     gamma = jnp.where(spread > 0, 1, 0).astype(dtype)
     safe = moments._replace(var=jnp.where(spread > 0, spread, 1))
-    z, _ = normalize(layout, x, gamma, jnp.zeros_like(gamma), jnp.zeros((), dtype), safe, None)
+    z, _ = normalize(layout, x, gamma, filled_like(gamma, 0), jnp.zeros((), dtype), safe, None)
     return z, as_stats(moments)

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn._moments import Moments
 from jbn._normalize import Layout
+from jbn._pool import Moments
 from jbn._pytrees import BNState
+from jbn._shardings import laid_out_like, parts_along, reshaped, spec_of
 
-__all__ = ["in_blocks", "renormalized"]
+__all__ = ["in_blocks", "out_of_blocks", "renormalized"]
 
 
 def in_blocks(layout: Layout, x: jax.Array, mask: jax.Array | None) -> tuple[Layout, jax.Array, jax.Array | None]:
@@ -19,16 +20,24 @@ def in_blocks(layout: Layout, x: jax.Array, mask: jax.Array | None) -> tuple[Lay
     References:
         Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", section 4.
     """
-    assert layout.ghost_size is not None
-    blocks = (x.shape[0] // layout.ghost_size, layout.ghost_size)
-    if mask is not None:
-        mask = mask.reshape(((1, 1) if mask.shape[0] == 1 else blocks) + mask.shape[1:])
     reduce_axes = tuple(a + 1 for a in layout.reduce_axes)
-    return (
-        layout._replace(reduce_axes=reduce_axes, names=(), groups=None, ghost_size=None),
-        x.reshape(blocks + x.shape[1:]),
-        mask,
-    )
+    inner = layout._replace(reduce_axes=reduce_axes, names=(), groups=None, ghost_size=None)
+    cut = None if mask is None else _cut(mask, 1 if mask.shape[0] == 1 else layout.ghost_size)
+    return inner, _cut(x, layout.ghost_size), cut
+
+
+def _cut(x, size):
+    """(blocks, size, …): on an explicit mesh split between blocks, or else within them, or else not at all."""
+    blocks, parts = x.shape[0] // size, parts_along(x, 0)
+    entry, *rest = spec_of(x)
+    between = parts == 1 or blocks % parts == 0
+    leading = (entry, None) if between else (None, entry if size % parts == 0 else None)
+    return reshaped(x, (blocks, size, *x.shape[1:]), (*leading, *rest))
+
+
+def out_of_blocks(y: jax.Array, like: jax.Array) -> jax.Array:
+    """The blocks put together again, in the shape and the layout of ``like``."""
+    return reshaped(y, like.shape, spec_of(like))
 
 
 def renormalized(
@@ -42,11 +51,12 @@ def renormalized(
     References:
         Ioffe 2017, "Batch Renormalization", Algorithm 1.
     """
-    mean, var, count = (jnp.broadcast_to(v, moments.mean.shape) for v in lax.stop_gradient(state))
-    dtype = moments.mean.dtype
+    like = moments.mean_hi
+    mean, var, count = (laid_out_like(jnp.broadcast_to(v, like.shape), like) for v in lax.stop_gradient(state))
+    dtype = like.dtype
     r_max, d_max = (jnp.asarray(limit, dtype) for limit in limits)
     scale = lax.rsqrt(var.astype(dtype) + eps)
     r = jnp.clip(jnp.sqrt(moments.var + eps) * scale, 1 / r_max, r_max)
-    d = jnp.clip(((moments.mean - mean.astype(dtype)) + moments.delta) * scale, -d_max, d_max)
+    d = jnp.clip(((moments.mean_hi - mean.astype(dtype)) + moments.mean_lo) * scale, -d_max, d_max)
     r, d = lax.stop_gradient((jnp.where(count > 0, r, 1), jnp.where(count > 0, d, 0)))
     return gamma * r, gamma * d + beta

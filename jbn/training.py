@@ -10,10 +10,11 @@ import optax
 from jax import lax
 
 from jbn import _checks, _checks_axes
+from jbn._collectives import as_device_share, axis_total, mean_gradient
 from jbn._core import bn_update_stats
-from jbn._moments import Moments, as_stats, bn_merge_stats, pool_over_devices
-from jbn._named_axes import axis_total, enter, varying_axes
+from jbn._pool import Moments, as_stats, bn_merge_stats, pool_over_devices
 from jbn._pytrees import BNStats
+from jbn._shardings import laid_out_like, parts_along, reshaped, spec_of
 
 __all__ = ["TrainState", "make_train_step"]
 
@@ -159,7 +160,7 @@ def make_train_step(
         if guarded:
             finite = [jnp.all(jnp.isfinite(leaf)) for leaf in (loss, *jax.tree.leaves(grads))]
             skipped = ~jnp.all(jnp.stack(finite))
-            new = jax.tree.map(lambda old, now: jnp.where(skipped, old, now), train_state[:3], new)
+            new = jax.tree.map(lambda old, now: jnp.where(skipped, old, laid_out_like(now, old)), train_state[:3], new)
         return TrainState(*new, optax.safe_increment(count)), {"loss": loss, "skipped": skipped}
 
     return step
@@ -171,7 +172,7 @@ def _mean_gradient(objective, params, bn_state, micro, parts, names):
     Parameters are marked as each device's own, so that devices add up their gradients once a step and
     not once for each microbatch and parameter.
     """
-    own = jax.tree.map(lambda p: enter(p, names), params)
+    own = jax.tree.map(lambda p: as_device_share(p, names), params)
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     def one(total, batch):
@@ -181,25 +182,13 @@ def _mean_gradient(objective, params, bn_state, micro, parts, names):
     if parts == 1:
         (loss, stats), grads = gradient(own, bn_state, jax.tree.map(lambda leaf: leaf[0], micro))
     else:
-        zeros = jax.tree.map(lambda p: enter(jnp.zeros(p.shape, _checks.compute_dtype(p.dtype)), names), params)
+        zeros = jax.tree.map(
+            lambda p: as_device_share(jnp.zeros(p.shape, _checks.compute_dtype(p.dtype)), names), params
+        )
         total, (losses, stacked) = lax.scan(one, zeros, micro)
         loss, stats = jnp.mean(losses), bn_merge_stats(stacked, axis=0)
         grads = jax.tree.map(lambda t, p: (t / parts).astype(p.dtype), total, params)
-    return loss, stats, _over_devices(grads, names)
-
-
-def _over_devices(grads, names):
-    """The gradient of the mean loss, from each device's share of it.
-
-    In a checked ``shard_map`` the derivative of a mean over D devices reaches each of them as 1/D, so that
-    the shares are summed. ``pmap``, ``vmap`` and unchecked ``shard_map`` transpose a sum to a sum: there it
-    reaches each as 1, and they are averaged.
-    """
-    checked = tuple(name for name in names if name in varying_axes(lax.axis_index(name)))
-    unchecked = tuple(name for name in names if name not in checked)
-    if checked:
-        grads = lax.psum(grads, checked)
-    return lax.pmean(grads, unchecked) if unchecked else grads
+    return loss, stats, mean_gradient(grads, names)
 
 
 def _merged(stats, names):
@@ -232,7 +221,14 @@ def _split(batch: Any, parts: int) -> Any:
             f"accumulate: got {parts} for a batch of {size}; expected a divisor of the batch size; "
             f"use another accumulate, or leave the last, short batch out."
         )
-    return jax.tree.map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), batch)
+    return jax.tree.map(lambda leaf: _cut(leaf, parts, size // parts), batch)
+
+
+def _cut(leaf: jax.Array, parts: int, size: int) -> jax.Array:
+    """(parts, size, …): on an explicit mesh each microbatch is split as the batch was, if its size allows it."""
+    entry, *rest = spec_of(leaf)
+    entry = entry if size % parts_along(leaf, 0) == 0 else None
+    return reshaped(leaf, (parts, size, *leaf.shape[1:]), (None, entry, *rest))
 
 
 def _as_loss(loss: Any) -> jax.Array:

@@ -1,0 +1,67 @@
+"""How arrays are split over an explicit mesh, and how one is laid out as another.
+
+`jax.make_mesh` makes explicit meshes by default: there the type of an array says which axes of the mesh each of
+its own axes is split over, and JAX refuses to select between, stack or branch on arrays that are split in
+different ways. Everywhere else (one device, automatic meshes, inside `shard_map`) no axis is split by its type,
+and these functions return what they were given.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+Spec = tuple[Any, ...]  # for each axis of an array: the mesh axis it is split over, a tuple of them, or None
+
+__all__ = ["Spec", "filled_like", "laid_out_like", "parts_along", "reshaped", "spec_of", "with_spec"]
+
+
+def spec_of(x: Any) -> Spec:
+    """Which axes of an explicit mesh each axis of ``x`` is split over, by its type."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def with_spec(x: jax.Array, spec: Iterable[Any], *, mesh_of: Any = None) -> jax.Array:
+    """``x`` split as ``spec`` says; the mesh is that of ``x`` or, where it is on none, of ``mesh_of``."""
+    spec = tuple(spec)
+    if spec_of(x) == spec:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(_mesh(x, mesh_of), PartitionSpec(*spec)))
+
+
+def laid_out_like(x: jax.Array, example: Any) -> jax.Array:
+    """``x`` split over the mesh as ``example``, an array of the same shape, is."""
+    return with_spec(x, spec_of(example), mesh_of=example)
+
+
+def filled_like(example: jax.Array, value: Any, dtype: Any = None) -> jax.Array:
+    """An array of one value, in the shape, the dtype unless given, and the layout of ``example``.
+
+    `jax.numpy.full_like` alone leaves the layout out.
+    """
+    return laid_out_like(jnp.full_like(example, value, dtype=dtype), example)
+
+
+def parts_along(x: Any, axis: int) -> int:
+    """How many parts an axis of ``x`` is split into."""
+    entry = spec_of(x)[axis]
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return math.prod(_mesh(x).shape[name] for name in names)
+
+
+def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Iterable[Any]) -> jax.Array:
+    """``x`` in another shape, split as ``spec`` says."""
+    spec = tuple(spec)
+    if all(entry is None for entry in (*spec, *spec_of(x))):
+        return lax.reshape(x, shape)
+    return lax.reshape(x, shape, out_sharding=NamedSharding(_mesh(x), PartitionSpec(*spec)))
+
+
+def _mesh(*arrays: Any) -> Any:
+    """The mesh of the first array that is on one."""
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays if array is not None]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[-1])
