@@ -303,8 +303,9 @@ def bn_update_stats(state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool
 @_compiled
 def _bn_update(options, state, stats, momentum):
     debias, unbiased = options
-    running_mean, running_var, updates = (laid_out_like(v, state.mean) for v in state)
-    mean, var, m = (laid_out_like(v, state.mean) for v in lax.stop_gradient(stats))
+    spec = spec_of(state.mean)
+    running_mean, running_var, updates = (with_spec(v, spec, mesh_of=stats.mean) for v in state)
+    mean, var, m = (laid_out_like(v, running_mean) for v in lax.stop_gradient(stats))
     m = m.astype(var.dtype)
     if unbiased:
         var = var * unbiased_factor(m)

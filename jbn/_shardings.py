@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Spec = tuple[Any, ...]  # for each axis of an array: the mesh axis it is split over, a tuple of them, or None
 
@@ -27,10 +27,12 @@ def spec_of(x: Any) -> Spec:
 
 def with_spec(x: jax.Array, spec: Iterable[Any], *, mesh_of: Any = None) -> jax.Array:
     """``x`` split as ``spec`` says; the mesh is that of ``x`` or, where it is on none, of ``mesh_of``."""
-    spec = tuple(spec)
-    if spec_of(x) == spec:
+    spec, mesh = tuple(spec), _mesh(x, mesh_of)
+    if not _is_explicit(mesh):
         return x
-    return jax.sharding.reshard(x, NamedSharding(_mesh(x, mesh_of), PartitionSpec(*spec)))
+    if not _is_explicit(_mesh(x)):  # placed whole first, so that its cotangent comes back whole
+        x = jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    return x if spec_of(x) == spec else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def laid_out_like(x: jax.Array, example: Any) -> jax.Array:
@@ -62,6 +64,10 @@ def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Iterable[Any]) -> jax.A
 
 
 def _mesh(*arrays: Any) -> Any:
-    """The mesh of the first array that is on one."""
+    """The explicit mesh of the first array that is on one; any mesh where none is."""
     meshes = [jax.typeof(array).sharding.mesh for array in arrays if array is not None]
-    return next((mesh for mesh in meshes if not mesh.empty), meshes[-1])
+    return next(filter(_is_explicit, meshes), meshes[0])
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return AxisType.Explicit in mesh.axis_types

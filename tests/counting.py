@@ -135,6 +135,14 @@ class Hlo:
             i for body in self._computations.values() for i in body if i.opcode.removesuffix("-start") in COLLECTIVES
         ]
 
+    def collectives_met(self, branch: Any = min) -> int:
+        """How many collectives lie on the way from the entry, asynchronous ones once."""
+
+        def is_one(instruction: Instruction, _: dict[str, int]) -> bool:
+            return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+        return self._count(self._entry, is_one, branch, into_fusions=False)
+
     def _count(self, computation: str, is_one: Any, branch: Any, into_fusions: bool) -> int:
         total = 0
         body = self._computations[computation]

@@ -154,7 +154,7 @@ def test_synchronized_forward_is_one_collective(dtype):
     params, _ = bn_init(C)
     step = sharded(partial(forward, axis_name="data"), (P(), P("data")), (P("data"), P()))
     hlo, _ = compile_hlo(step, params, batch(dtype))
-    assert len(hlo.collectives()) == 1
+    assert hlo.collectives_met() == 1  # a second where digits were lost
 
 
 @DTYPES
@@ -169,7 +169,7 @@ def test_synchronized_backward_is_one_collective(dtype):
 
     step = sharded(gradient, (P("data"), P("data")), (P("data"), P(), P("data")))
     hlo, _ = compile_hlo(step, x, x)
-    assert len(hlo.collectives()) == 2, [c.opcode for c in hlo.collectives()]
+    assert hlo.collectives_met() == 2, [c.opcode for c in hlo.collectives()]
 
 
 def test_parameter_gradients_add_one_collective_at_most():
