@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jbn._moments
+import jbn._pool
 from jbn import BNParams, bn_apply
 
 TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:16x16x16")
@@ -44,7 +44,7 @@ def _resnet_50() -> tuple[int, ...]:
 PROGRAMS = {"one of 256 channels": (256,), "ResNet-50, 26 560 channels": _resnet_50()}
 # Up to how many chips moments are gathered; None leaves it as it is in the library.
 WAYS: dict[str, int | None] = {"gathered": sys.maxsize, "summed": 1}
-STANDARD = jbn._moments._GATHERED
+STANDARD = jbn._pool._MOST_GATHERED
 
 ABOUT = f"""\
 Each chip has two examples; between two batch norms of the ResNet stands no convolution, only a change of width,
@@ -122,13 +122,13 @@ def _bytes(type_: str) -> int:
 
 
 def measure(row: Row, mesh: Any, widths: tuple[int, ...]) -> None:
-    jbn._moments._GATHERED = WAYS[row.way]
+    jbn._pool._MOST_GATHERED = WAYS[row.way]
     jax.clear_caches()  # what was traced went the other way
     try:
         row.forward, row.forward_bytes = traffic(network, mesh, widths)
         both, both_bytes = traffic(forward_backward, mesh, widths)
     finally:
-        jbn._moments._GATHERED = STANDARD
+        jbn._pool._MOST_GATHERED = STANDARD
     row.backward, row.backward_bytes = dict(Counter(both) - Counter(row.forward)), both_bytes - row.forward_bytes
 
 

@@ -16,17 +16,17 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jbn._moments
+import jbn._pool
 from jbn import BNParams, BNState, BNStats, bn_apply
 
-STATED = jbn._moments._GATHERED
+STATED = jbn._pool._MOST_GATHERED
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _eight_are_many():
     """So that eight devices are summed over; what was traced before went the other way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jbn._moments, "_GATHERED", 4)
+        patch.setattr(jbn._pool, "_MOST_GATHERED", 4)
         jax.clear_caches()
         yield
     jax.clear_caches()

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from test_training_transforms import mapped
 from training_setup import OPTIMIZERS, SIZES, assert_close, assert_identical, batch, mlp, setup, squared_error, start
 
-from jbn import _moments, bn_apply, networks
+from jbn import _pool, bn_apply, networks
 from jbn.training import make_train_step
 
 MODES = pytest.mark.parametrize("sync_stats", [True, False], ids=["global", "local"])
@@ -75,7 +75,7 @@ def test_local_statistics_of_all_layers_travel_together_and_once_a_step():
 def test_many_devices_exchange_sums_rather_than_all_that_each_has_seen(monkeypatch):
     network, old, _ = setup("z", "momentum")
     gathered = mapped("shard_map", local_step(network))(old, batch(64))
-    monkeypatch.setattr(_moments, "_GATHERED", 4)
+    monkeypatch.setattr(_pool, "_MOST_GATHERED", 4)
     summing = mapped("shard_map", local_step(network))
     assert_close(summing(old, batch(64)), gathered)
     mesh = jax.make_mesh((8,), ("data",))
