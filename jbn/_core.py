@@ -387,7 +387,9 @@ def _standardized(reduce_axes, x, stats, eps):
         moments = moments._replace(var=jnp.where(least < most, moments.var, 0))
     else:
         features = [entry for a, entry in enumerate(spec_of(x)) if a not in reduce_axes]
-        mean, var, count = (with_spec(jnp.asarray(v).astype(dtype), features, mesh_of=x) for v in stats)
+        mean, var, count = (
+            with_spec(jnp.asarray(v).astype(dtype), features, mesh_of=x) for v in lax.stop_gradient(stats)
+        )
         moments = Moments(mean, filled_like(mean, 0), var, count)
     exact = not jnp.issubdtype(x.dtype, jnp.floating)  # converted where it is read, not to an array of its own
     layout = Layout(reduce_axes, train=False, dtype=dtype if exact else None)

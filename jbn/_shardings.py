@@ -17,7 +17,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Spec = tuple[Any, ...]  # for each axis of an array: the mesh axis it is split over, a tuple of them, or None
 
-__all__ = ["Spec", "filled_like", "laid_out_like", "parts_along", "reshaped", "spec_of", "with_spec"]
+__all__ = [
+    "Spec",
+    "filled_like",
+    "for_product",
+    "laid_out_like",
+    "parts_along",
+    "reshaped",
+    "sharding_of",
+    "spec_of",
+    "with_spec",
+]
 
 
 def spec_of(x: Any) -> Spec:
@@ -50,17 +60,39 @@ def filled_like(example: jax.Array, value: Any, dtype: Any = None) -> jax.Array:
 
 def parts_along(x: Any, axis: int) -> int:
     """How many parts an axis of ``x`` is split into."""
-    entry = spec_of(x)[axis]
-    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-    return math.prod(_mesh(x).shape[name] for name in names)
+    return math.prod(_mesh(x).shape[name] for name in _names(spec_of(x)[axis]))
 
 
 def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Iterable[Any]) -> jax.Array:
     """``x`` in another shape, split as ``spec`` says."""
-    spec = tuple(spec)
-    if all(entry is None for entry in (*spec, *spec_of(x))):
-        return lax.reshape(x, shape)
-    return lax.reshape(x, shape, out_sharding=NamedSharding(_mesh(x), PartitionSpec(*spec)))
+    return lax.reshape(x, shape, out_sharding=sharding_of(x, spec))
+
+
+def for_product(a: jax.Array, W: jax.Array) -> tuple[jax.Array, jax.Array, Spec]:
+    """``a`` and ``W`` laid out so that a may be multiplied by W, and how what comes of it is split.
+
+    Their sum runs over the last axis of ``a`` and the last but one of ``W``: where it is split in ``a`` it is split in
+    ``W`` alike. The outputs, the last axis of ``W``, stay split over a mesh axis that ``a`` does not use, and are
+    gathered otherwise. The result has the leading axes of ``a`` and the outputs.
+    """
+    a = with_spec(a, spec_of(a), mesh_of=W)
+    *leading, inputs = spec_of(a)
+    outputs = spec_of(W)[-1]
+    if not _names(outputs).isdisjoint(_names(*leading, inputs)):
+        outputs = None
+    W = with_spec(W, (*[None] * (W.ndim - 2), inputs, outputs), mesh_of=a)
+    return a, W, (*leading, outputs)
+
+
+def sharding_of(x: jax.Array, spec: Iterable[Any]) -> NamedSharding | None:
+    """The ``out_sharding`` of an operation on ``x`` whose result is split as ``spec`` says."""
+    mesh = _mesh(x)
+    return NamedSharding(mesh, PartitionSpec(*spec)) if _is_explicit(mesh) else None
+
+
+def _names(*entries: Any) -> set[Any]:
+    """The mesh axes that entries of a spec speak of."""
+    return {n for e in entries if e is not None for n in (e if isinstance(e, tuple) else (e,))}
 
 
 def _mesh(*arrays: Any) -> Any:

@@ -130,7 +130,7 @@ def _narrow_select_tangent(primals, tangents):
 
 
 def _select_bits(mask, x, other):
-    bits = partial(lax.bitcast_convert_type, new_dtype=f"uint{8 * x.dtype.itemsize}")
+    bits = partial(lax.bitcast_convert_type, new_dtype=f"uint{jnp.finfo(x.dtype).bits}")
     return lax.bitcast_convert_type(jnp.where(mask, bits(x), bits(other)), x.dtype)
 
 

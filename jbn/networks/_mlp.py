@@ -14,6 +14,7 @@ from jbn._core import bn_apply
 from jbn.networks._network import (
     Layer,
     Network,
+    affine,
     as_compute_dtype,
     check_fit,
     check_function,
@@ -107,9 +108,8 @@ def mlp(
         a = entered(x, mask, compute)
         stats: list[Any] = []
         for i, (layer, normed) in enumerate(zip(params, (layer.normed for layer in layers), strict=True)):
-            W, b = layer["W"].astype(a.dtype), layer["b"].astype(a.dtype)
-            b = lax.stop_gradient(b) if normed and norm == "z" else b
-            z = a @ W + lax.expand_dims(b, range(a.ndim - 1))
+            b = lax.stop_gradient(layer["b"]) if normed and norm == "z" else layer["b"]
+            z = affine(a, layer["W"], b)
             if i == last:
                 return z, [*stats, None]
             running, seen = None if state is None else state[i], None

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jbn import _checks
 from jbn._core import bn_init
 from jbn._pytrees import BNParams, BNState, kind_of
+from jbn._shardings import for_product, sharding_of
 
-__all__ = ["Layer", "Network", "as_compute_dtype", "check_fit", "check_function", "entered", "init_layer"]
+__all__ = ["Layer", "Network", "affine", "as_compute_dtype", "check_fit", "check_function", "entered", "init_layer"]
 
 _FROM_INIT = "pass what the network's init returned: params, state = init(key)"
 
@@ -59,6 +61,13 @@ def init_layer(noise: jax.Array, layer: Layer) -> tuple[dict[str, Any], BNState 
         bn, state = bn_init(outputs)
         bn = BNParams(jnp.zeros(outputs, jnp.float32), bn.beta) if layer.zero_gamma else bn
     return {"W": W, "b": b, "bn": bn}, state
+
+
+def affine(a: jax.Array, W: jax.Array, b: jax.Array) -> jax.Array:
+    """a·W + b in the dtype of a, on an explicit mesh too, however W and b are split."""
+    a, W, spec = for_product(a, W.astype(a.dtype))
+    z = jnp.matmul(a, W, out_sharding=sharding_of(a, spec))
+    return z + lax.expand_dims(b.astype(a.dtype), range(a.ndim - 1))
 
 
 def entered(x: jax.Array, mask: jax.Array | None, compute: Any) -> jax.Array:

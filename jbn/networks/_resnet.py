@@ -11,9 +11,11 @@ from jax import lax
 
 from jbn import _checks
 from jbn._core import bn_apply
+from jbn._shardings import for_product, parts_along, sharding_of, spec_of, with_spec
 from jbn.networks._network import (
     Layer,
     Network,
+    affine,
     as_compute_dtype,
     check_fit,
     check_function,
@@ -158,8 +160,8 @@ def resnet(
             a, seen = block(params["blocks"][i], _at(_at(state, "blocks"), i), a, mask, stride)
             stats.append(seen)
         pooled = jnp.mean(a, (1, 2))
-        W, b = (params["head"][name].astype(pooled.dtype) for name in ("W", "b"))
-        return pooled @ W + b[None], {"stem": stem, "blocks": stats, "head": None}
+        outputs = affine(pooled, params["head"]["W"], params["head"]["b"])
+        return outputs, {"stem": stem, "blocks": stats, "head": None}
 
     return Network(init, apply)
 
@@ -187,9 +189,16 @@ def _layout(
 
 def _conv(a: jax.Array, W: jax.Array, stride: int) -> jax.Array:
     """a∗W, NHWC and HWIO, padded so that a stride of 1 keeps the size."""
+    a, W, (batch, *places, outputs) = for_product(a, W.astype(a.dtype))
+    # On an explicit mesh height and width stay split where what is left of them can be.
+    places = [e if -(-a.shape[i] // stride) % parts_along(a, i) == 0 else None for i, e in enumerate(places, 1)]
+    out_sharding = sharding_of(a, (batch, *places, outputs))
+    a = with_spec(a, (batch, *places, spec_of(a)[-1]))
     padding = [(size // 2, size // 2) for size in W.shape[:2]]
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(a, W.astype(a.dtype), (stride, stride), padding, dimension_numbers=numbers)
+    return lax.conv_general_dilated(
+        a, W, (stride, stride), padding, dimension_numbers=numbers, out_sharding=out_sharding
+    )
 
 
 def _at(tree: Any, key: Any) -> Any:
