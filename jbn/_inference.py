@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jbn import _checks, _checks_inference
+from jbn import _checks, _checks_inference, _checks_layer
 from jbn._core import bn_update_stats
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
 
@@ -49,8 +49,8 @@ def bn_affine(params: BNParams, state: BNState, *, eps: Any = 1e-5) -> tuple[jax
     References:
         Ioffe & Szegedy 2015, Algorithm 2, step 11.
     """
-    params, state = _checks.as_layer(params, state)
-    return _affine(params, state, _checks.as_eps(eps))
+    params, state = _checks_layer.as_layer(params, state)
+    return _affine(params, state, _checks_layer.as_eps(eps))
 
 
 @jax.jit
@@ -108,13 +108,13 @@ def bn_fold(
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks", equation 14.
     """
-    params, state = _checks.as_layer(params, state)
-    kernel = _checks.as_batch("kernel", kernel)
+    params, state = _checks_layer.as_layer(params, state)
+    kernel = _checks.as_array("kernel", kernel)
     channels = jnp.shape(state.mean)
     axis = _checks_inference.as_kernel_axis(kernel_axis, kernel.shape, channels)
     if bias is not None:
         bias = _checks_inference.as_bias(bias, channels)
-    return _folded(axis, params, state, kernel, bias, _checks.as_eps(eps))
+    return _folded(axis, params, state, kernel, bias, _checks_layer.as_eps(eps))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -183,7 +183,7 @@ def bn_calibrate(
         Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3; Izmailov et al. 2018, "Averaging
         Weights Leads to Wider Optima", for averaged weights; Chan, Golub & LeVeque 1983, equation 2.1.
     """
-    apply_fn = _checks_inference.as_function("apply_fn", apply_fn)
+    apply_fn = _checks.as_function("apply_fn", apply_fn)
     progress = _checks.as_flag("progress", progress)
     totals = [_Total(*np.zeros((4, *jnp.shape(node.mean)))) for node in _states(state)]
     stream = _checks_inference.as_iterator("batches", batches)
@@ -194,7 +194,7 @@ def bn_calibrate(
             seen += 1
             before, totals = totals, _absorbed(totals, stats)
             tell(all(np.all(new.used > old.used) for new, old in zip(totals, before, strict=True)))
-    _checks_inference.some_usable(seen, any(np.any(total.used) for total in totals))
+    _checks_inference.check_usable(seen, any(np.any(total.used) for total in totals))
     pooled = iter(totals)
     return map_nodes(lambda node, path: _replaced(node, next(pooled)), (("state", BNState),), state)
 
@@ -212,7 +212,8 @@ def _states(state: Any) -> list[BNState]:
     """The states in the order of the walk."""
     found: list[BNState] = []
     map_nodes(lambda node, path: found.append(node), (("state", BNState),), state)
-    return _checks_inference.some_states(found)
+    _checks_inference.check_states(found)
+    return found
 
 
 def _stats_of(state: Any, returned: Any) -> list[BNStats]:
@@ -220,7 +221,7 @@ def _stats_of(state: Any, returned: Any) -> list[BNStats]:
     found: list[BNStats] = []
 
     def check(node, stats, *, path):
-        _checks.as_matching(path, node, stats)
+        _checks_layer.check_matching(path, node, stats)
         found.append(stats)
 
     expected = (("state", BNState), ("stats", BNStats))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jbn import _checks, _checks_axes
+from jbn import _checks, _checks_axes, _checks_layer
 from jbn._core import bn_update_stats
 from jbn._moments import Moments, as_stats, bn_merge_stats, pool_over_devices
 from jbn._named_axes import axis_total, enter, varying_axes
@@ -121,7 +121,7 @@ def make_train_step(
     References:
         Ioffe & Szegedy 2015, Algorithm 2.
     """
-    _checks.as_momentum(momentum)
+    _checks_layer.as_momentum(momentum)
     names = _checks_axes.as_names(axis_name)
     parts = _checks.as_size("accumulate", accumulate, "pass accumulate=1 for no splitting")
     guarded = _checks.as_flag("skip_nonfinite", skip_nonfinite)

@@ -20,7 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A room imports rooms of lower floors, and those that stand before it on its own.
 FLOORS = (
-    ("_pytrees", "_checks", "_checks_axes", "_checks_inference", "_named_axes"),
+    ("_checks", "_pytrees", "_checks_layer", "_checks_axes", "_checks_inference", "_named_axes"),
     ("_moments",),
     ("_normalize", "_variants"),
     ("_core",),

@@ -101,7 +101,7 @@ def _keywords_of(make: Any) -> Mapping[str, Any]:
     if isinstance(make, partial) and make.func in (mlp, resnet):
         return make.keywords
     raise TypeError(
-        f"make: got {_shown(make)}; expected functools.partial of mlp or resnet; pass what made the network, "
+        f"make: got {_name_of(make)}; expected functools.partial of mlp or resnet; pass what made the network, "
         f"as in make = partial(mlp, (64, 128, 10)) and network = make()."
     )
 
@@ -113,16 +113,16 @@ def _eps_of(bn: Any) -> Any:
     if isinstance(bn, partial) and bn.func is bn_apply and not bn.args:
         return bn.keywords.get("eps", 1e-5)
     raise TypeError(
-        f"bn: got {_shown(bn)}; expected bn_apply, or functools.partial of it with keywords; "
+        f"bn: got {_name_of(bn)}; expected bn_apply, or functools.partial of it with keywords; "
         f"fold the layers of another norm yourself, with bn_fold."
     )
 
 
-def _shown(function: Any) -> str:
+def _name_of(function: Any) -> str:
     """What was given in the place of a function: its name, not the arrays that may be bound to it."""
     if isinstance(function, partial):
         bound = f" with {len(function.args)} positional" if function.args else ""
-        return f"functools.partial of {_shown(function.func)}{bound}"
+        return f"functools.partial of {_name_of(function.func)}{bound}"
     return getattr(function, "__name__", type(function).__name__)
 
 

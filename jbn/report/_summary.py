@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jbn import _checks
+from jbn import _checks_layer
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
 
 __all__ = ["LayerSummary", "Summary", "states_of", "summary", "unbiased"]
@@ -127,7 +127,7 @@ def summary(params: Any, state: Any, stats: Any = None, *, eps: float = 1e-5) ->
 
     Flax: ``nn.tabulate`` shows shapes; PyTorch and Keras have nothing of the kind for the statistics.
     """
-    _checks.as_eps(eps)
+    _checks_layer.as_eps(eps)
     _no_tracers(params, state, stats)
     owners = _params_of(params)
     running = states_of(state, stats)
@@ -157,7 +157,7 @@ def states_of(state: Any, stats: Any) -> dict[_Path, tuple[BNState, BNStats | No
 
     def collect(node, *seen, path):
         if seen:
-            _checks.as_matching(path, node, seen[0])
+            _checks_layer.check_matching(path, node, seen[0])
         found.append((node, seen[0] if seen else None))
 
     expected = (("state", BNState), ("stats", BNStats))
