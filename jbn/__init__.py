@@ -15,8 +15,9 @@ No hidden state: what is learned, what runs along and what a batch showed are th
 and returned. Everything works under ``jit``, ``vmap``, ``grad`` and JAX's other transformations.
 """
 
+from jbn._calibrate import bn_calibrate
 from jbn._core import bn_apply, bn_init, bn_update_stats, normalize_inputs
-from jbn._inference import bn_affine, bn_calibrate, bn_fold
+from jbn._inference import bn_affine, bn_fold
 from jbn._moments import bn_merge_stats
 from jbn._pytrees import BNParams, BNState, BNStats, bn_labels, weight_decay_mask
 

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from jbn import _checks_layer
+from jbn._calibrate import unbiased
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
 
-__all__ = ["LayerSummary", "Summary", "states_of", "summary", "unbiased"]
+__all__ = ["LayerSummary", "Summary", "states_of", "summary"]
 
 _GAMMA_ZERO = 1e-3
 _VAR_ZERO = 1e-3  # of ε
@@ -234,11 +235,6 @@ def _drift(mean: Any, var: Any, stats: BNStats, eps: float) -> tuple[float, floa
         away = np.abs(batch_mean - mean) / np.sqrt(var + eps)
         ratio = np.abs(np.log((unbiased(batch_var, count) + eps) / (var + eps)))
     return float(away[seen].max()), float(ratio[seen].max())
-
-
-def unbiased(var: Any, count: Any) -> np.ndarray:
-    """σ²·m/(m−1), what `bn_update_stats` stores; σ² itself for m ≤ 1."""
-    return var * np.where(count > 1, count / np.maximum(count - 1, 1), 1)
 
 
 def _float64(field: Any) -> Any:
