@@ -24,6 +24,7 @@ __all__ = [
     "as_scalar",
     "as_size",
     "as_tuple",
+    "check_array",
     "compute_dtype",
     "is_array",
     "kind_of",
@@ -127,6 +128,12 @@ def as_scalar(name: str, value: Any, valid: Callable[[float], bool], wanted: str
 def as_array(name: str, x: Any) -> jax.Array:
     """A real floating-point array, of rank 1 or more."""
     return _as_floats(name, _as_numbers(name, x))
+
+
+def check_array(name: str, value: Any, or_number: bool) -> None:
+    """An array as it is, and not what could be made one; a Python number where that is as good."""
+    if not (is_array(value) or (or_number and isinstance(value, (int, float)))):
+        raise TypeError(f"{name}: got {kind_of(value)}; expected an array; convert it with jnp.asarray.")
 
 
 def as_data(name: str, x: Any) -> jax.Array:

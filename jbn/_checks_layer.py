@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn._checks import as_ints, as_scalar, as_tuple, is_array, kind_of
+from jbn._checks import as_ints, as_scalar, as_tuple, check_array, is_array, kind_of
 from jbn._pytrees import BNParams, BNState, BNStats
 
 __all__ = [
@@ -115,9 +115,7 @@ def _check_fields(name: str, node: Any, shape: tuple[int, ...], wanted: str) -> 
     for field, value in zip(node._fields, node, strict=True):
         if value is None and isinstance(node, BNParams):
             continue
-        number = isinstance(value, (int, float))  # said to have the wrong shape, unless that is the right one
-        if not (is_array(value) or (number and shape)):
-            raise TypeError(f"{name}.{field}: got {kind_of(value)}; expected an array; convert it with jnp.asarray.")
+        check_array(f"{name}.{field}", value, or_number=bool(shape))  # a number has the wrong shape then
         if jnp.shape(value) != shape:
             raise ValueError(f"{name}.{field}: got shape {jnp.shape(value)}; expected {shape}, {wanted}")
 

@@ -305,6 +305,9 @@ def normalize_inputs(
 ) -> tuple[jax.Array, BNStats]:
     """Standardizes inputs with the statistics of the training set: z = (x−μ)/√(σ²+ε).
 
+    The statistics are constants of the data: no gradient flows through them to x, so that dz/dx = 1/√(σ²+ε) for
+    each value alone, and the returned ones carry none.
+
     Args:
         x: the data, with the feature sizes C along ``axis``; integers become float32.
         stats: None for the training set; for the test set, the `BNStats` that the training set gave.

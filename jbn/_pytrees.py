@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 
-from jbn._checks import kind_of
+from jbn._checks import check_array, kind_of
 
 __all__ = ["BNParams", "BNState", "BNStats", "bn_labels", "map_nodes", "weight_decay_mask"]
 
@@ -89,7 +89,7 @@ for _node in (BNParams, BNState, BNStats):
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"jbn.{_node.__name__}")
 
 
-def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *trees: Any, path: str = "") -> Any:
+def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, Any], ...], *trees: Any, path: str = "") -> Any:
     """Maps ``fn`` over the nodes of several trees at matching places.
 
     ``expected`` holds (argument name, node type) for each tree. A None in the first tree takes
@@ -105,6 +105,9 @@ def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *t
                 error = ValueError if path else TypeError
                 hint = _pair_hint(node) or _structure_hint(lead_name)
                 raise error(f"{name}{path}: got {_described(node)}; expected {kind.__name__}; {hint}.")
+        for (name, kind), node in zip(expected, trees, strict=True):
+            for field, value in zip(kind._fields, node, strict=True):
+                check_array(f"{name}{path}.{field}", value, or_number=True)
         return fn(*trees, path=path)
     keys, children, treedef = _one_level(lead)
     pair = _pair_hint(lead)
