@@ -1,11 +1,10 @@
 """What is static about the axes of a call: features, named axes, groups, blocks; parsed, or refused in one line."""
 
 import math
-import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
-from jbn._checks import as_size, static
+from jbn._checks import as_int, as_ints, as_size, as_tuple, refuse_traced
 
 __all__ = [
     "as_axes",
@@ -13,25 +12,15 @@ __all__ = [
     "as_groups",
     "as_names",
     "as_stack_axis",
-    "groups_cover",
-    "several_values",
+    "check_groups",
+    "refuse_one_value",
 ]
 
 
 def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """Feature axes as an ascending tuple of non-negative ints."""
-    static("axis", axis)
-    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
-    for a in axes:
-        static("axis", a)
-    try:
-        if any(isinstance(a, bool) for a in axes):
-            raise TypeError
-        axes = tuple(operator.index(a) for a in axes)
-    except TypeError:
-        raise TypeError(
-            f"axis: got {axis!r}; expected an int or a tuple of ints; name the feature axes, as in axis=-1."
-        ) from None
+    wanted = "expected an int or a tuple of ints; name the feature axes, as in axis=-1."
+    axes = as_ints("axis", axis, wanted, as_tuple(axis))
     if not axes:
         raise ValueError("axis: got (); expected at least one feature axis; pass axis=-1 for channels last.")
     for a in axes:
@@ -47,27 +36,17 @@ def as_axes(axis: Any, ndim: int) -> tuple[int, ...]:
 
 def as_stack_axis(axis: Any) -> int | None:
     """None, or the axis along which statistics are stacked."""
-    static("axis", axis)
-    if axis is None:
-        return None
-    try:
-        if isinstance(axis, bool):
-            raise TypeError
-        return operator.index(axis)
-    except TypeError:
-        raise TypeError(
-            f"axis: got {axis!r}; expected None or an int; pass axis=0 where each argument is a stack."
-        ) from None
+    wanted = "expected None or an int; pass axis=0 where each argument is a stack."
+    return None if axis is None else as_int("axis", axis, wanted)
 
 
 def as_names(axis_name: Any) -> tuple[Hashable, ...]:
     """Mesh or vmap axis names as a tuple; () for None."""
-    static("axis_name", axis_name)
     if axis_name is None:
         return ()
-    names = axis_name if isinstance(axis_name, (tuple, list)) else (axis_name,)
+    names = as_tuple(axis_name)
     for name in names:
-        static("axis_name", name)
+        refuse_traced("axis_name", name)
         if not isinstance(name, Hashable):
             raise TypeError(
                 f"axis_name: got {axis_name!r}; expected an axis name or a tuple of them; "
@@ -75,12 +54,12 @@ def as_names(axis_name: Any) -> tuple[Hashable, ...]:
             )
     if len(set(names)) != len(names):
         raise ValueError(f"axis_name: got {axis_name!r}; expected distinct names; name each axis once.")
-    return tuple(names)
+    return names
 
 
 def as_groups(groups: Any, names: tuple[Hashable, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """Groups of indices along one named axis, as a tuple of tuples; whether they cover it, `groups_cover` says."""
-    static("axis_index_groups", groups)
+    """Groups of indices along one named axis, as a tuple of tuples; whether they cover it, `check_groups` says."""
+    refuse_traced("axis_index_groups", groups)
     if groups is None:
         return None
     if len(names) != 1:
@@ -88,16 +67,12 @@ def as_groups(groups: Any, names: tuple[Hashable, ...]) -> tuple[tuple[int, ...]
             f"axis_index_groups: got groups with {len(names)} axis names; expected one name; "
             f"pass axis_name, or name the axis of a mesh whose devices are to be synchronized."
         )
-    try:
-        canonical = tuple(tuple(operator.index(i) for i in group) for group in groups)
-    except TypeError:
-        raise TypeError(
-            f"axis_index_groups: got {groups!r}; expected a tuple of tuples of ints; as in ((0, 1), (2, 3))."
-        ) from None
-    return canonical
+    wanted = "expected a tuple of tuples of ints; as in ((0, 1), (2, 3))."
+    rows = tuple(groups) if isinstance(groups, Iterable) else (groups,)
+    return tuple(as_ints("axis_index_groups", groups, wanted, row) for row in rows)
 
 
-def groups_cover(groups: tuple[tuple[int, ...], ...] | None, devices: int) -> None:
+def check_groups(groups: tuple[tuple[int, ...], ...] | None, devices: int) -> None:
     """Each index along the axis is in one group."""
     if groups is not None and sorted(i for group in groups for i in group) != list(range(devices)):
         raise ValueError(
@@ -107,8 +82,7 @@ def groups_cover(groups: tuple[tuple[int, ...], ...] | None, devices: int) -> No
 
 
 def as_ghost_size(ghost_size: Any, axes: tuple[int, ...]) -> int | None:
-    """The number of examples in a block; whether it divides the batch, `several_values` says."""
-    static("ghost_size", ghost_size)
+    """The number of examples in a block; whether it divides the batch, `refuse_one_value` says."""
     if ghost_size is None:
         return None
     size = as_size("ghost_size", ghost_size, "pass the number of examples in a block")
@@ -120,7 +94,7 @@ def as_ghost_size(ghost_size: Any, axes: tuple[int, ...]) -> int | None:
     return size
 
 
-def several_values(
+def refuse_one_value(
     shape: tuple[int, ...],
     reduce_axes: tuple[int, ...],
     devices: int,

@@ -1,42 +1,32 @@
 """What can be wrong about folding and calibration: parse, don't validate, as in ``_checks``."""
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from jbn._checks import as_batch, static
-from jbn._pytrees import BNState, BNStats, kind_of
+from jbn._checks import as_array, as_int, kind_of
+from jbn._pytrees import BNState, BNStats
 
 __all__ = [
     "as_bias",
-    "as_function",
     "as_iterator",
     "as_kernel_axis",
     "as_returned_stats",
-    "some_states",
-    "some_usable",
+    "check_states",
+    "check_usable",
 ]
 
 
 def as_kernel_axis(kernel_axis: Any, shape: tuple[int, ...], channels: tuple[int, ...]) -> int:
     """The axis of a kernel's output features, which are the channels of one batch norm."""
-    static("kernel_axis", kernel_axis)
+    axis = as_int("kernel_axis", kernel_axis, "expected an int; pass -1 for kernels (…, in, out), 0 for OIHW.")
     if len(channels) != 1:
         raise ValueError(
             f"state.mean: got shape {channels}; expected one axis, the output features of one kernel; "
             f"fold layers that are stacked with jax.vmap."
         )
     ndim = len(shape)
-    try:
-        if isinstance(kernel_axis, bool):
-            raise TypeError
-        axis = operator.index(kernel_axis)
-    except TypeError:
-        raise TypeError(
-            f"kernel_axis: got {kernel_axis!r}; expected an int; pass -1 for kernels (…, in, out), 0 for OIHW."
-        ) from None
     if not -ndim <= axis < ndim:
         raise ValueError(
             f"kernel_axis: got {axis}; expected {-ndim} ≤ kernel_axis < {ndim} for a kernel of rank {ndim}; "
@@ -52,20 +42,13 @@ def as_kernel_axis(kernel_axis: Any, shape: tuple[int, ...], channels: tuple[int
 
 def as_bias(bias: Any, channels: tuple[int, ...]) -> jax.Array:
     """A floating-point bias with one value a channel."""
-    bias = as_batch("bias", bias)
+    bias = as_array("bias", bias)
     if bias.shape != channels:
         raise ValueError(
             f"bias: got shape {bias.shape}; expected {channels}, that of state.mean; pass one value for each output "
             f"feature, or None."
         )
     return bias
-
-
-def as_function(name: str, function: Any) -> Callable[..., Any]:
-    """Something to call."""
-    if not callable(function):
-        raise TypeError(f"{name}: got {kind_of(function)}; expected a function; pass it, not what it returns.")
-    return function
 
 
 def as_iterator(name: str, values: Any) -> Iterator[Any]:
@@ -93,17 +76,16 @@ def as_returned_stats(returned: Any) -> Any:
     return returned[1]
 
 
-def some_states(states: list[BNState]) -> list[BNState]:
+def check_states(states: list[BNState]) -> None:
     """Without any batch norm there is nothing to calibrate."""
     if not states:
         raise ValueError(
             "state: got no BNState in it; expected at least one; pass that of a network with batch norm, "
             "any other has nothing to calibrate."
         )
-    return states
 
 
-def some_usable(seen: int, usable: bool) -> None:
+def check_usable(seen: int, usable: bool) -> None:
     """Statistics of nothing are an error, so that the old ones are not taken for new."""
     if not seen:
         raise ValueError(

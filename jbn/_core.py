@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn import _checks, _checks_axes
+from jbn import _checks, _checks_axes, _checks_layer
 from jbn._collectives import as_device_share, axis_total
 from jbn._measure import measure
 from jbn._normalize import Layout, normalize
@@ -55,7 +55,7 @@ def bn_init(
     References:
         Ioffe & Szegedy 2015, section 3.
     """
-    shape = _checks.as_feature_shape(num_features)
+    shape = _checks_layer.as_feature_shape(num_features)
     dtype = _checks.as_float_dtype(dtype)
     gamma = jnp.ones(shape, dtype) if _checks.as_flag("use_gamma", use_gamma) else None
     beta = jnp.zeros(shape, dtype) if _checks.as_flag("use_beta", use_beta) else None
@@ -138,24 +138,24 @@ def bn_apply(
         Hubara & Soudry 2017 for ghost batches; Ioffe 2017 for renormalization.
     """
     train = _checks.as_flag("train", train)
-    x = _checks.as_batch("x", x)
+    x = _checks.as_array("x", x)
     axes = _checks_axes.as_axes(axis, x.ndim)
     shape = tuple(x.shape[a] for a in axes)
-    params = _checks.as_params(params, shape)
-    eps = _checks.as_eps(eps)
+    params = _checks_layer.as_params(params, shape)
+    eps = _checks_layer.as_eps(eps)
     if mask is not None:
-        mask = _checks.as_mask(mask, x.shape)
+        mask = _checks_layer.as_mask(mask, x.shape)
     names = _checks_axes.as_names(axis_name)
     groups = _checks_axes.as_groups(axis_index_groups, names)
     ghost_size = _checks_axes.as_ghost_size(ghost_size, axes)
-    limits = _checks.as_renorm(renorm)
+    limits = _checks_layer.as_renorm(renorm)
     if state is not None or not train or limits is not None:
-        state = _checks.as_state(state, shape)
+        state = _checks_layer.as_state(state, shape)
     layout = Layout(tuple(a for a in range(x.ndim) if a not in axes), names, groups, train, ghost_size)
     if train:
         devices = axis_total(names)
-        _checks_axes.groups_cover(groups, devices)
-        _checks_axes.several_values(x.shape, layout.reduce_axes, devices, groups, ghost_size)
+        _checks_axes.check_groups(groups, devices)
+        _checks_axes.refuse_one_value(x.shape, layout.reduce_axes, devices, groups, ghost_size)
     return apply_unchecked(layout, params, state, x, eps, mask, limits)
 
 
@@ -290,11 +290,11 @@ def bn_update_stats(state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool
     References:
         Ioffe & Szegedy 2015, Algorithm 2; Kingma & Ba 2015, section 3, for the correction.
     """
-    momentum = _checks.as_momentum(momentum)
+    momentum = _checks_layer.as_momentum(momentum)
     options = (_checks.as_flag("debias", debias), _checks.as_flag("unbiased", unbiased))
 
     def update(node, seen, *, path):
-        _checks.as_matching(path, node, seen)
+        _checks_layer.check_matching(path, node, seen)
         return _bn_update(options, node, seen, momentum)
 
     return map_nodes(update, (("state", BNState), ("stats", BNStats)), state, stats)
@@ -337,6 +337,9 @@ def normalize_inputs(
 ) -> tuple[jax.Array, BNStats]:
     """Standardizes inputs with the statistics of the training set: z = (x−μ)/√(σ²+ε).
 
+    The statistics are constants of the data: no gradient flows through them to x, so that dz/dx = 1/√(σ²+ε) for
+    each value alone, and the returned ones carry none.
+
     Args:
         x: the data, with the feature sizes C along ``axis``; integers become float32.
         stats: None for the training set; for the test set, the `BNStats` that the training set gave.
@@ -370,9 +373,9 @@ def normalize_inputs(
     x = _checks.as_data("x", x)
     axes = _checks_axes.as_axes(axis, x.ndim)
     reduce_axes = tuple(a for a in range(x.ndim) if a not in axes)
-    eps = _checks.as_input_eps(eps)
+    eps = _checks_layer.as_input_eps(eps)
     if stats is not None:
-        stats = _checks.as_stats(stats, tuple(x.shape[a] for a in axes))
+        stats = _checks_layer.as_stats(stats, tuple(x.shape[a] for a in axes))
     return _standardized(reduce_axes, x, stats, eps)
 
 

@@ -30,7 +30,7 @@ class Moments(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # (C,) how many values, as a float; it hides tuple.count
 
 
-def pool(parts: Moments, numpy: ModuleType = jnp) -> Moments:
+def pool(parts: Any, numpy: ModuleType = jnp) -> Moments:
     """Moments of disjoint parts, stacked along axis 0, as those of their union: exact for unequal counts.
 
     With m = Σ mᵢ: μ = Σ mᵢ·μᵢ / m and σ² = Σ mᵢ·(σᵢ² + (μᵢ−μ)²) / m. Parts that saw nothing change nothing.

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
-import numpy as np
 
-__all__ = ["BNParams", "BNState", "BNStats", "bn_labels", "kind_of", "map_nodes", "weight_decay_mask"]
+from jbn._checks import check_array, kind_of
+
+__all__ = ["BNParams", "BNState", "BNStats", "bn_labels", "map_nodes", "weight_decay_mask"]
 
 # Last keys of leaves that weight decay leaves alone, beside everything in a BNParams.
 _UNDECAYED = frozenset({"b", "bias", "gamma", "beta", "scale", "offset"})
@@ -88,7 +89,7 @@ for _node in (BNParams, BNState, BNStats):
     jax.export.register_namedtuple_serialization(_node, serialized_name=f"jbn.{_node.__name__}")
 
 
-def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *trees: Any, path: str = "") -> Any:
+def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, Any], ...], *trees: Any, path: str = "") -> Any:
     """Maps ``fn`` over the nodes of several trees at matching places.
 
     ``expected`` holds (argument name, node type) for each tree. A None in the first tree takes
@@ -103,7 +104,10 @@ def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *t
                 # A wrong thing as the whole argument is a wrong type; inside trees it is a wrong structure.
                 error = ValueError if path else TypeError
                 hint = _pair_hint(node) or _structure_hint(lead_name)
-                raise error(f"{name}{path}: got {_shown(node)}; expected {kind.__name__}; {hint}.")
+                raise error(f"{name}{path}: got {_described(node)}; expected {kind.__name__}; {hint}.")
+        for (name, kind), node in zip(expected, trees, strict=True):
+            for field, value in zip(kind._fields, node, strict=True):
+                check_array(f"{name}{path}.{field}", value, or_number=True)
         return fn(*trees, path=path)
     keys, children, treedef = _one_level(lead)
     pair = _pair_hint(lead)
@@ -116,7 +120,7 @@ def map_nodes(fn: Callable[..., Any], expected: tuple[tuple[str, type], ...], *t
         other_keys, other_children, _ = _one_level(tree)
         if other_keys != keys or type(tree) is not type(lead):
             hint = _structure_hint(lead_name)
-            raise ValueError(f"{name}{path}: got {_shown(tree)}; expected {_outline(lead, keys)}; {hint}.")
+            raise ValueError(f"{name}{path}: got {_described(tree)}; expected {_outline(lead, keys)}; {hint}.")
         columns.append(other_children)
     rows = zip(keys, *columns, strict=True)
     return jax.tree.unflatten(treedef, [map_nodes(fn, expected, *row, path=path + key) for key, *row in rows])
@@ -131,14 +135,7 @@ def _one_level(tree: Any) -> tuple[list[str] | None, list[Any], Any]:
     return [jax.tree_util.keystr(path) for path, _ in flat], [child for _, child in flat], treedef
 
 
-def kind_of(value: Any) -> str:
-    """How a value is named in an error: its type, and for an array its shape."""
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return f"array of shape {tuple(value.shape)}"
-    return type(value).__name__
-
-
-def _shown(value: Any) -> str:
+def _described(value: Any) -> str:
     keys, _, _ = _one_level(value)
     if value is None or keys is None or _pair_hint(value):
         return kind_of(value)

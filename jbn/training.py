@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jbn import _checks, _checks_axes
+from jbn import _checks, _checks_axes, _checks_layer
 from jbn._collectives import as_device_share, axis_total, mean_gradient
 from jbn._core import bn_update_stats
 from jbn._pool import Moments, as_stats, bn_merge_stats, pool_over_devices
@@ -122,7 +122,8 @@ def make_train_step(
     References:
         Ioffe & Szegedy 2015, Algorithm 2.
     """
-    _checks.as_momentum(momentum)
+    apply, loss_fn = _checks.as_function("apply", apply), _checks.as_function("loss_fn", loss_fn)
+    momentum = _checks_layer.as_momentum(momentum)
     names = _checks_axes.as_names(axis_name)
     parts = _checks.as_size("accumulate", accumulate, "pass accumulate=1 for no splitting")
     guarded = _checks.as_flag("skip_nonfinite", skip_nonfinite)
@@ -210,7 +211,7 @@ def _merged(stats, names):
 def _split(batch: Any, parts: int) -> Any:
     """The batch as ``parts`` consecutive microbatches, stacked along a new axis 0."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(f"batch: got {type(batch).__name__}; expected (x, y); call step(train_state, (x, y)).")
+        raise TypeError(f"batch: got {_checks.kind_of(batch)}; expected (x, y); call step(train_state, (x, y)).")
     batch = jax.tree.map(jnp.asarray, tuple(batch))
     shapes = [leaf.shape for leaf in jax.tree.leaves(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or () in shapes:

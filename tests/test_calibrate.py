@@ -84,7 +84,9 @@ def test_one_batch_gives_what_an_update_with_momentum_0_gives():
     _, stats = observe(PARAMS, START, jnp.asarray(data(40)))
     got = bn_calibrate(handed, PARAMS, START, [stats])
     want = bn_update_stats(START, stats, momentum=0.0)
-    assert jax.tree.map(oracle.bits, got) == jax.tree.map(oracle.bits, want)
+    for name in ("mean", "count"):
+        assert oracle.bits(getattr(got, name)) == oracle.bits(getattr(want, name))
+    np.testing.assert_array_max_ulp(got.var, want.var, 2)  # it is rounded once here, and there in float32 on its way
 
 
 def test_counts_go_on_where_those_of_float32_stand_still():

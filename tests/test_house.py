@@ -20,11 +20,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A room imports rooms of lower floors, and those that stand before it on its own.
 FLOORS = (
-    ("_pytrees", "_checks", "_checks_axes", "_checks_inference", "_named_axes"),
+    ("_checks", "_pytrees", "_checks_layer", "_checks_axes", "_checks_inference", "_named_axes"),
     ("_moments",),
     ("_normalize", "_variants"),
     ("_core",),
-    ("_inference",),
+    ("_inference", "_calibrate"),
     ("networks", "training", "linen", "nnx", "convert", "report"),
     ("__init__",),  # what `import jbn` gives
     ("cli", "__main__"),
@@ -33,12 +33,12 @@ ORDER = [room for floor in FLOORS for room in floor]
 
 # Beside the standard library and jax: who may import what, "inside" a function or at the "top".
 GUESTS = {
-    "numpy": {"_pytrees", "_checks", "_inference", "convert", "report", "cli"},
+    "numpy": {"_checks", "_calibrate", "convert", "report", "cli"},
     "optax": {"training", "cli"},
     "flax": {"linen", "nnx"},
     "matplotlib": {"report"},
     "typer": {"cli"},
-    "rich": {"_inference", "cli"},
+    "rich": {"_calibrate", "cli"},
     "sklearn": {"cli"},
     "safetensors": {"cli"},
     "orbax": {"cli"},

@@ -283,6 +283,16 @@ def stepped(data=None, **options):
 
 ERRORS = [
     (
+        lambda: make_train_step(mlp((4, 2)), jnp.sum, optax.sgd(0.1)),
+        TypeError,
+        "apply: got Network; expected a function; pass it, not what it returns.",
+    ),
+    (
+        lambda: make(loss_fn="mse"),
+        TypeError,
+        "loss_fn: got 'mse'; expected a function; pass it, not its name.",
+    ),
+    (
         lambda: stepped(accumulate=4),
         ValueError,
         "accumulate: got 4 for a batch of 10; expected a divisor of the batch size; "
@@ -317,7 +327,7 @@ ERRORS = [
     (
         lambda: stepped(batch(10)[0]),
         TypeError,
-        "batch: got ArrayImpl; expected (x, y); call step(train_state, (x, y)).",
+        "batch: got array of shape (10, 4); expected (x, y); call step(train_state, (x, y)).",
     ),
     (
         lambda: stepped((batch(10)[0], batch(9)[1])),

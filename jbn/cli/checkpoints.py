@@ -145,7 +145,7 @@ class Checkpoints:
 
     def _refuse_other(self, identity: dict[str, Any]) -> None:
         for name in {**self._identity, **identity}:
-            got, expected = (_shown(each.get(name)) for each in (self._identity, identity))
+            got, expected = (_joined(each.get(name)) for each in (self._identity, identity))
             if got != expected:
                 raise BadInput(
                     f"{name}: got {got}; expected {expected}, as in the checkpoints in {self._folder}; "
@@ -175,7 +175,7 @@ def _digest(record: dict[str, Any], packed: np.ndarray) -> str:
     return content.hexdigest()
 
 
-def _shown(value: Any) -> str:
+def _joined(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

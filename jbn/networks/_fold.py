@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jbn._checks_axes import as_axes
 from jbn._core import bn_apply
 from jbn._inference import bn_affine, bn_fold
 from jbn.networks._mlp import mlp
@@ -15,6 +16,10 @@ from jbn.networks._network import Network
 from jbn.networks._resnet import resnet
 
 __all__ = ["fold"]
+
+# What may be bound to `bn_apply` without being lost: ε and the axis are read here, the network itself gives the next
+# three at each call, and the last three do nothing in evaluation.
+_KNOWN = ("eps", "axis", "train", "axis_name", "mask", "axis_index_groups", "ghost_size", "renorm")
 
 
 def fold(make: Callable[..., Network], params: Any, state: Any) -> tuple[Network, Any]:
@@ -37,7 +42,8 @@ def fold(make: Callable[..., Network], params: Any, state: Any) -> tuple[Network
 
     Raises:
         TypeError: ``make`` no partial of `mlp` or `resnet`, a ``bn`` that is not `bn_apply` or a partial of it.
-        ValueError: params or state that are not those of the network.
+        ValueError: params or state that are not those of the network, an option of ``bn`` that would be lost:
+            one that is not known, or another ``axis`` than the network's.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -58,8 +64,8 @@ def fold(make: Callable[..., Network], params: Any, state: Any) -> tuple[Network
     References:
         Jacob et al. 2018, "Quantization and Training of Neural Networks", section 3.2.
     """
-    keywords = _keywords_of(make)
-    norm, eps = keywords.get("norm", "z"), _eps_of(keywords.get("bn", bn_apply))
+    keywords, rank = _bound_to(make)
+    norm, eps = keywords.get("norm", "z"), _eps_of(keywords.get("bn", bn_apply), rank)
     own_params, own_state = jax.eval_shape(make().init, jax.random.key(0))
     _check_fit("params", params, own_params)
     _check_fit("state", state, own_state)
@@ -97,32 +103,42 @@ def _fold_forward(params: Any, state: Any, eps: Any) -> list[dict[str, Any]]:
     return folded
 
 
-def _keywords_of(make: Any) -> Mapping[str, Any]:
+def _bound_to(make: Any) -> tuple[Mapping[str, Any], int]:
+    """The keywords that made the network, and the rank of its inputs."""
     if isinstance(make, partial) and make.func in (mlp, resnet):
-        return make.keywords
+        return make.keywords, 2 if make.func is mlp else 4
     raise TypeError(
-        f"make: got {_shown(make)}; expected functools.partial of mlp or resnet; pass what made the network, "
+        f"make: got {_name_of(make)}; expected functools.partial of mlp or resnet; pass what made the network, "
         f"as in make = partial(mlp, (64, 128, 10)) and network = make()."
     )
 
 
-def _eps_of(bn: Any) -> Any:
-    """The ε of evaluation; other options of `bn_apply` do nothing there."""
+def _eps_of(bn: Any, rank: int) -> Any:
+    """The ε of evaluation, from a ``bn`` with no other option that does anything there; x has this rank."""
     if bn is bn_apply:
         return 1e-5
     if isinstance(bn, partial) and bn.func is bn_apply and not bn.args:
+        unknown = [name for name in bn.keywords if name not in _KNOWN]
+        if unknown:
+            raise ValueError(
+                f"bn: got keyword {unknown[0]}; expected {', '.join(_KNOWN)}; fold a norm that does more in "
+                f"evaluation yourself, with bn_fold."
+            )
+        axis = bn.keywords.get("axis", -1)
+        if as_axes(axis, rank) != (rank - 1,):
+            raise ValueError(f"bn: got axis={axis!r}; expected axis=-1, that of the network's features; leave it out.")
         return bn.keywords.get("eps", 1e-5)
     raise TypeError(
-        f"bn: got {_shown(bn)}; expected bn_apply, or functools.partial of it with keywords; "
+        f"bn: got {_name_of(bn)}; expected bn_apply, or functools.partial of it with keywords; "
         f"fold the layers of another norm yourself, with bn_fold."
     )
 
 
-def _shown(function: Any) -> str:
+def _name_of(function: Any) -> str:
     """What was given in the place of a function: its name, not the arrays that may be bound to it."""
     if isinstance(function, partial):
         bound = f" with {len(function.args)} positional" if function.args else ""
-        return f"functools.partial of {_shown(function.func)}{bound}"
+        return f"functools.partial of {_name_of(function.func)}{bound}"
     return getattr(function, "__name__", type(function).__name__)
 
 

@@ -1,6 +1,5 @@
 """The multilayer perceptron: one batch norm in each hidden layer, before or after its activation."""
 
-import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -9,18 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn import _checks
+from jbn import _checks, _checks_layer
 from jbn._core import bn_apply
-from jbn.networks._network import (
-    Layer,
-    Network,
-    affine,
-    as_compute_dtype,
-    check_fit,
-    check_function,
-    entered,
-    init_layer,
-)
+from jbn.networks._network import Layer, Network, affine, as_compute_dtype, check_fit, entered, init_layer
 
 __all__ = ["mlp"]
 
@@ -89,8 +79,8 @@ def mlp(
     """
     widths = _as_sizes(sizes)
     _check_norm(norm)
-    check_function("activation", activation)
-    check_function("bn", bn)
+    _checks.as_function("activation", activation)
+    _checks.as_function("bn", bn)
     compute = as_compute_dtype(dtype)
     last = len(widths) - 2
     layers = [Layer(shape, normed=norm is not None and i < last) for i, shape in enumerate(pairwise(widths))]
@@ -104,7 +94,7 @@ def mlp(
     def apply(params, state, x, *, train, axis_name=None, mask=None):
         check_fit(params, state, layers)
         x = _as_rows(x, widths[0])
-        mask = None if mask is None else _checks.as_mask(mask, (*x.shape[:-1], 1))
+        mask = None if mask is None else _checks_layer.as_mask(mask, (*x.shape[:-1], 1))
         a = entered(x, mask, compute)
         stats: list[Any] = []
         for i, (layer, normed) in enumerate(zip(params, (layer.normed for layer in layers), strict=True)):
@@ -125,7 +115,7 @@ def mlp(
 
 def _as_rows(x: Any, width: int) -> jax.Array:
     """x of shape (N, in)."""
-    x = _checks.as_batch("x", x)
+    x = _checks.as_array("x", x)
     if x.shape[-1] != width:
         raise ValueError(
             f"x: got shape {x.shape}; expected (N, {width}), the first of sizes; "
@@ -137,12 +127,7 @@ def _as_rows(x: Any, width: int) -> jax.Array:
 def _as_sizes(sizes: Any) -> tuple[int, ...]:
     """(in, hidden, …, out) as a tuple of ints."""
     advice = "pass (in, hidden, …, out), as in mlp((64, 128, 10))"
-    try:
-        if any(isinstance(n, bool) for n in sizes):
-            raise TypeError
-        widths = tuple(operator.index(n) for n in sizes)
-    except TypeError:
-        raise TypeError(f"sizes: got {sizes!r}; expected a sequence of ints; {advice}.") from None
+    widths = _checks.as_ints("sizes", sizes, f"expected a sequence of ints; {advice}.")
     if len(widths) < 2 or any(n < 1 for n in widths):
         raise ValueError(f"sizes: got {sizes!r}; expected at least two sizes, each at least 1; {advice}.")
     return widths

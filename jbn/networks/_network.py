@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn import _checks
+from jbn._checks import kind_of
 from jbn._core import bn_init
-from jbn._pytrees import BNParams, BNState, kind_of
+from jbn._pytrees import BNParams, BNState
 from jbn._shardings import for_product, sharding_of
 
-__all__ = ["Layer", "Network", "affine", "as_compute_dtype", "check_fit", "check_function", "entered", "init_layer"]
+__all__ = ["Layer", "Network", "affine", "as_compute_dtype", "check_fit", "entered", "init_layer"]
 
 _FROM_INIT = "pass what the network's init returned: params, state = init(key)"
 
@@ -109,12 +110,6 @@ def _check_fit(name: str, tree: Any, layers: Any, entries: str = "layers") -> No
             f"{name}['bn']: got {kind_of(tree['bn'])}; expected None, for the network has no norm there; "
             f"fold the norm into W and b, or make the network with the norm it was trained with."
         )
-
-
-def check_function(name: str, function: Any) -> None:
-    """Raises unless it can be called."""
-    if not callable(function):
-        raise TypeError(f"{name}: got {function!r}; expected a function; pass it, not its name.")
 
 
 def as_compute_dtype(dtype: Any) -> Any:

@@ -9,19 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn import _checks
+from jbn import _checks, _checks_layer
 from jbn._core import bn_apply
 from jbn._shardings import for_product, parts_along, sharding_of, spec_of, with_spec
-from jbn.networks._network import (
-    Layer,
-    Network,
-    affine,
-    as_compute_dtype,
-    check_fit,
-    check_function,
-    entered,
-    init_layer,
-)
+from jbn.networks._network import Layer, Network, affine, as_compute_dtype, check_fit, entered, init_layer
 
 __all__ = ["resnet"]
 
@@ -110,8 +101,8 @@ def resnet(
     stages = _as_widths(widths)
     depth = _checks.as_size("blocks", blocks, "pass the blocks in each stage, as in blocks=3")
     normed = _as_normed(norm)
-    check_function("activation", activation)
-    check_function("bn", bn)
+    _checks.as_function("activation", activation)
+    _checks.as_function("bn", bn)
     compute = as_compute_dtype(dtype)
     remat = _checks.as_flag("remat", remat)
     if _checks.as_flag("zero_gamma", zero_gamma) and not normed:
@@ -132,7 +123,7 @@ def resnet(
         check_fit(params, state, layers)
         x = _as_images(x, channels)
         if mask is not None:
-            mask = _checks.as_mask(mask, (len(x), 1))[:, :, None, None]
+            mask = _checks_layer.as_mask(mask, (len(x), 1))[:, :, None, None]
 
         def normalized_conv(layer, running, a, mask, stride=1):
             z = _conv(a, layer["W"], stride)
@@ -208,7 +199,7 @@ def _at(tree: Any, key: Any) -> Any:
 
 def _as_images(x: Any, channels: int) -> jax.Array:
     """x of shape (N, H, W, channels)."""
-    x = _checks.as_batch("x", x)
+    x = _checks.as_array("x", x)
     if x.ndim != 4 or x.shape[-1] != channels or 0 in x.shape[1:3]:
         raise ValueError(
             f"x: got shape {x.shape}; expected (N, H, W, {channels}), channels last; "

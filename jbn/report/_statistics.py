@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jbn._calibrate import unbiased
 from jbn.report._pictures import COLOURS, new_figure
-from jbn.report._summary import states_of, unbiased
+from jbn.report._summary import states_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

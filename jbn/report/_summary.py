@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jbn import _checks
+from jbn import _checks_layer
+from jbn._calibrate import unbiased
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
 
-__all__ = ["LayerSummary", "Summary", "states_of", "summary", "unbiased"]
+__all__ = ["LayerSummary", "Summary", "states_of", "summary"]
 
 _GAMMA_ZERO = 1e-3
 _VAR_ZERO = 1e-3  # of ε
@@ -127,7 +128,7 @@ def summary(params: Any, state: Any, stats: Any = None, *, eps: float = 1e-5) ->
 
     Flax: ``nn.tabulate`` shows shapes; PyTorch and Keras have nothing of the kind for the statistics.
     """
-    _checks.as_eps(eps)
+    _checks_layer.as_eps(eps)
     _no_tracers(params, state, stats)
     owners = _params_of(params)
     running = states_of(state, stats)
@@ -157,7 +158,7 @@ def states_of(state: Any, stats: Any) -> dict[_Path, tuple[BNState, BNStats | No
 
     def collect(node, *seen, path):
         if seen:
-            _checks.as_matching(path, node, seen[0])
+            _checks_layer.check_matching(path, node, seen[0])
         found.append((node, seen[0] if seen else None))
 
     expected = (("state", BNState), ("stats", BNStats))
@@ -234,11 +235,6 @@ def _drift(mean: Any, var: Any, stats: BNStats, eps: float) -> tuple[float, floa
         away = np.abs(batch_mean - mean) / np.sqrt(var + eps)
         ratio = np.abs(np.log((unbiased(batch_var, count) + eps) / (var + eps)))
     return float(away[seen].max()), float(ratio[seen].max())
-
-
-def unbiased(var: Any, count: Any) -> np.ndarray:
-    """σ²·m/(m−1), what `bn_update_stats` stores; σ² itself for m ≤ 1."""
-    return var * np.where(count > 1, count / np.maximum(count - 1, 1), 1)
 
 
 def _float64(field: Any) -> Any:
