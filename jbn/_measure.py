@@ -136,7 +136,8 @@ def _known_shift(over, way, x, mask, count, known):
     if one_shift and over.groups is None and on_mesh(over.names):
         return _one_read(over, way)(x, mask, count, known)
     alone = _one_read(over._replace(names=(), groups=None), way)(x, mask, count, known)
-    return pool_over_devices(alone, over.names, over.groups, equal=mask is None)
+    # The count is the one that went in; what comes out of a function with a rule for vmap differs between members.
+    return pool_over_devices(alone._replace(count=count), over.names, over.groups, equal=mask is None)
 
 
 @cache

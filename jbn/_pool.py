@@ -24,13 +24,13 @@ _DOWN = 2.0**-64
 class Moments(NamedTuple):
     """Moments of a batch, for each channel; the mean in two parts, since one float32 is too coarse far from 0."""
 
-    mean_hi: jax.Array  # (C,) a number near the mean, as seen against the standard deviation
-    mean_lo: jax.Array  # (C,) what it leaves out: μ = mean_hi + mean_lo
-    var: jax.Array  # (C,) biased
-    count: jax.Array  # type: ignore[assignment]  # (C,) how many values, as a float; it hides tuple.count
+    mean_hi: Any  # (C,) a number near the mean, as seen against the standard deviation
+    mean_lo: Any  # (C,) what it leaves out: μ = mean_hi + mean_lo
+    var: Any  # (C,) biased
+    count: Any  # (C,) how many values, as a float; it hides tuple.count
 
 
-def pool(parts: Any, numpy: ModuleType = jnp) -> Moments:
+def pool(parts: Moments, numpy: ModuleType = jnp) -> Moments:
     """Moments of disjoint parts, stacked along axis 0, as those of their union: exact for unequal counts.
 
     With m = Σ mᵢ: μ = Σ mᵢ·μᵢ / m and σ² = Σ mᵢ·(σᵢ² + (μᵢ−μ)²) / m. Parts that saw nothing change nothing.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jbn._calibrate import unbiased
+from jbn._pool import unbiased_factor
 from jbn.report._pictures import COLOURS, new_figure
 from jbn.report._summary import states_of
 
@@ -64,7 +64,7 @@ def plot_statistics(state: Any, stats: Any) -> "Figure":
         name = jax.tree_util.keystr(path) or "(whole)"
         _scatter(means, running.mean, mean, count > 0, f"{name}\n")
         with np.errstate(all="ignore"):
-            logs = np.log10(np.asarray(running.var).astype(np.float64)), np.log10(unbiased(var, count))
+            logs = np.log10(np.asarray(running.var).astype(np.float64)), np.log10(var * unbiased_factor(count, np))
         _scatter(variances, *logs, count > 0)
         means.set_xlabel("running mean")
         variances.set_xlabel("log₁₀ running variance")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jbn import _checks_layer
-from jbn._calibrate import unbiased
+from jbn._pool import unbiased_factor
 from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
 
 __all__ = ["LayerSummary", "Summary", "states_of", "summary"]
@@ -233,7 +233,7 @@ def _drift(mean: Any, var: Any, stats: BNStats, eps: float) -> tuple[float, floa
         return None
     with np.errstate(all="ignore"):
         away = np.abs(batch_mean - mean) / np.sqrt(var + eps)
-        ratio = np.abs(np.log((unbiased(batch_var, count) + eps) / (var + eps)))
+        ratio = np.abs(np.log((batch_var * unbiased_factor(count, np) + eps) / (var + eps)))
     return float(away[seen].max()), float(ratio[seen].max())
 
 
