@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn import _checks, _checks_axes, _checks_layer
-from jbn._collectives import as_device_share, axis_total
+from jbn._collectives import as_device_share, axis_total, on_mesh
 from jbn._measure import measure
 from jbn._normalize import Layout, normalize
 from jbn._pool import Moments, as_stats, pool, pool_over_devices, unbiased_factor
@@ -179,7 +179,9 @@ def apply_unchecked(
     if not layout.train:
         layout = layout._replace(names=(), groups=None, ghost_size=None)
         return _bn_evaluate(layout, params, state, x, eps, mask)
-    return _bn_train(layout, params, state, as_device_share(x, layout.names), eps, mask, limits)
+    # Differentiated from outside of a vmap, a compiled piece within it has lost its names (jax 0.10 to 0.12).
+    train = _bn_train_compiled if on_mesh(layout.names) else _bn_train
+    return train(layout, params, state, as_device_share(x, layout.names), eps, mask, limits)
 
 
 # Compiled as one piece also where the caller does not: an eager call is one dispatch. In a trace it stays a call, so
@@ -187,7 +189,6 @@ def apply_unchecked(
 _compiled = partial(jax.jit, static_argnums=0)
 
 
-@_compiled
 def _bn_train(whole, params, state, x, eps, mask, limits):
     x, mask, params, state = _aligned(whole, x, mask, params, state)
     dtype, equal, like = _checks.compute_dtype(x.dtype), mask is None, x
@@ -204,6 +205,9 @@ def _bn_train(whole, params, state, x, eps, mask, limits):
         y = out_of_blocks(y, like)
         moments = pool_over_devices(pool(moments), whole.names, whole.groups, equal)
     return y, as_stats(moments)
+
+
+_bn_train_compiled = _compiled(_bn_train)
 
 
 @_compiled
@@ -290,18 +294,18 @@ def bn_update_stats(state: Any, stats: Any, *, momentum: Any = 0.9, debias: bool
     References:
         Ioffe & Szegedy 2015, Algorithm 2; Kingma & Ba 2015, section 3, for the correction.
     """
-    momentum = _checks_layer.as_momentum(momentum)
+    left = 1 - _checks_layer.as_momentum(momentum)  # in full precision, where it is a Python number
     options = (_checks.as_flag("debias", debias), _checks.as_flag("unbiased", unbiased))
 
     def update(node, seen, *, path):
         _checks_layer.check_matching(path, node, seen)
-        return _bn_update(options, node, seen, momentum)
+        return _bn_update(options, node, seen, left)
 
     return map_nodes(update, (("state", BNState), ("stats", BNStats)), state, stats)
 
 
 @_compiled
-def _bn_update(options, state, stats, momentum):
+def _bn_update(options, state, stats, left):
     debias, unbiased = options
     spec = spec_of(state.mean)
     running_mean, running_var, updates = (with_spec(v, spec, mesh_of=stats.mean) for v in state)
@@ -312,7 +316,7 @@ def _bn_update(options, state, stats, momentum):
     mean, var = mean.astype(running_mean.dtype), var.astype(running_var.dtype)
     usable = (m > 0) & jnp.isfinite(m) & jnp.isfinite(mean) & jnp.isfinite(var)
     count = jnp.minimum(updates, jnp.iinfo(updates.dtype).max - 1) + 1
-    w = _share_of_batch(count, jnp.asarray(momentum, mean.dtype), debias)
+    w = _share_of_batch(count, jnp.asarray(left, mean.dtype), debias)
 
     def moved(running, batch):
         return lax.stop_gradient(jnp.where(w == 1, batch, (1 - w) * running + w * batch))
@@ -322,12 +326,11 @@ def _bn_update(options, state, stats, momentum):
     return BNState(*(laid_out_like(v, old) for v, old in zip(kept, state, strict=True)))
 
 
-def _share_of_batch(count, momentum, debias):
-    """w of the batch at update t = ``count``, in a form that keeps its digits for momentum close to 1."""
-    left = 1 - momentum
+def _share_of_batch(count, left, debias):
+    """w of the batch at update t = ``count`` and momentum 1 − ``left``, keeping its digits for momentum close to 1."""
     if not debias:
         return left
-    t = count.astype(momentum.dtype)
+    t = count.astype(left.dtype)
     w = left / -jnp.expm1(t * jnp.log1p(-left))
     return jnp.where(t == 1, 1, jnp.where(left == 0, 1 / t, w))
 
