@@ -21,7 +21,7 @@ _BACKEND = "jbn.keras: got the Keras backend {}; expected jax; set KERAS_BACKEND
 try:
     import keras
 except ModuleNotFoundError as error:  # Keras's default backend is tensorflow, which it imports
-    raise ImportError(_BACKEND.format(f"{error.name}, which is not installed")) from error
+    raise ImportError(_BACKEND.format(f"{str(error.name).split('.')[0]}, which is not installed")) from error
 if keras.backend.backend() != "jax":
     raise ImportError(_BACKEND.format(keras.backend.backend()))
 
