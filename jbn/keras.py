@@ -139,8 +139,10 @@ def replace(model: _Model) -> _Model:
     To keep the stock model beside it, build it a second time and copy the weights with ``set_weights``.
 
     A subclass of Keras's layer stays one, with jbn between it and Keras: what it overrides is its own, what it asks
-    of ``super()`` is jbn's. It is saved as what it was; a saved `BatchNormalization` comes back as jbn's wherever
-    ``jbn.keras`` has been imported. A stock file is loaded and replaced: ``replace(keras.saving.load_model(path))``.
+    of ``super()`` is jbn's, and files know it by the name that it had. A stock file is loaded and then replaced:
+    ``replace(keras.saving.load_model(path))``. A file with jbn's layers comes back with them where ``jbn.keras`` has
+    been imported, and as stock elsewhere, with ``load_model``'s
+    ``custom_objects={"jbn>BatchNormalization": keras.layers.BatchNormalization}``.
 
     Args:
         model: a `keras.Model`, or a layer that contains others; built or not, compiled or not.
