@@ -39,15 +39,15 @@ class BatchNormalization(keras.layers.BatchNormalization):
     take them in: moving ← momentum·moving + (1−momentum)·batch. Otherwise they are the moving averages. Arguments,
     variables, config, dtype policies and files are those of the class it derives from.
 
-    Ours: the moments and the normalization, exact where the mean is large; a masked value moves neither statistics
-    nor gradients, even if it is NaN; a channel whose batch holds a NaN or an infinity, or nothing unmasked, leaves its
-    moving averages as they were; one channel under a mask; ``synchronized=True``, which Keras refuses on JAX: under
-    ``jit`` with a sharded batch the statistics are those of the whole batch in any case.
+    Ours: the moments and the normalization, exact where the mean is large, and in float64 for float64; a masked value
+    moves neither statistics nor gradients, even if it is NaN; a channel whose batch holds a NaN or an infinity, or
+    nothing unmasked, leaves its moving averages as they were; one channel under a mask; ``synchronized=True``, which
+    Keras refuses on JAX: under ``jit`` with a sharded batch the statistics are those of the whole batch in any case.
 
     Keras's: ε = 1e-3, the biased variance in the averages, which start at (0, 1) uncorrected; one value per channel,
     whose output is β; x of integers; a ``mask`` of one rank less than x and of any dtype, with the last axis missing;
-    the output in the compute dtype of the layer. ``renorm=True`` with its own averages, ``rmin``, ``rmax`` and
-    ``dmax`` is x̂ from jbn and then Keras's formula, exactly.
+    the output in the compute dtype of the layer. ``renorm=True`` is x̂ from jbn and then Keras's formula,
+    γ·(x̂·r + d) + β, with its own averages and limits; d is as exact as the averages are.
 
     Attributes:
         gamma: (C,) scale γ, or None.
@@ -76,8 +76,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         x = jnp.asarray(inputs)
-        if x.dtype not in (jnp.bfloat16, jnp.float16):  # of which the statistics are float32 as well
-            x = x.astype(keras.backend.result_type(x.dtype, "float32"))
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            x = x.astype(jnp.float32)
         if mask is not None:
             mask = jnp.asarray(mask).astype(bool)
             if mask.ndim != x.ndim - 1:

@@ -31,8 +31,8 @@ def data(shape=SHAPE, offset=0.5):
 
 
 def assert_same(ours, theirs, ulps=64):
-    """To rounding, which is that of float32 for narrower dtypes, too, before each is rounded once."""
-    jax.tree.map(lambda a, b: oracle.assert_close(a, oracle.float64(b), ulps=ulps), ours, theirs)
+    """To the rounding of float32, in which Keras computes whatever the dtype is, and to that of the dtype itself."""
+    jax.tree.map(lambda a, b: oracle.assert_close(a, oracle.float64(b), ulps=ulps, compute=np.float32), ours, theirs)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(lambda a: (a.shape, a.dtype), theirs)
 
 
@@ -63,6 +63,20 @@ def test_outputs_gradients_and_variables_are_those_of_keras(policy, mode, renorm
     if mode == "training":  # the test would notice if nothing were averaged
         before = [v.numpy() for v in layers[1].non_trainable_variables]
         assert not any((a == b).all() for a, b in zip(before, ours.variables, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_float64_is_computed_in_float64(training):
+    if not jax.config.jax_enable_x64:
+        pytest.skip("float64 needs JAX_ENABLE_X64")
+    _, door = twins(SHAPE, dtype="float64")
+    x = np.random.default_rng(1).normal(1e4, 1, SHAPE)
+    gamma, beta, mean, var = (v.numpy() for v in door.weights)
+    if training:
+        mean, var, _ = oracle.moments(x)
+    y = door(x, training=training)
+    assert y.dtype == np.float64
+    oracle.assert_close(y, oracle.normalize(x, gamma, beta, mean, var, eps=1e-3), ulps=2**16)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.int32])
