@@ -5,6 +5,7 @@ workers of ``pytest -n``.
 """
 
 import contextlib
+import importlib.util
 import os
 
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -12,6 +13,7 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -19,7 +21,10 @@ import pytest  # noqa: E402
 # The opt-out, in one place: files whose code runs other libraries, which promote dtypes and ranks
 # implicitly and warn as they like. A file counts by its name without ``test_``, with the folders above it.
 DOORS = frozenset(
-    {"checkpoints", "cli", "convert", "docs", "flax", "linen", "nnx", "notebooks", "README", "report", "resume"}
+    {
+        *("checkpoints", "cli", "convert", "docs", "flax", "keras", "linen", "nnx", "notebooks", "README", "report"),
+        "resume",
+    }
 )
 
 
@@ -31,6 +36,11 @@ def _is_door(item):
 
 class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
+
+    def pytest_ignore_collect(self, collection_path):
+        """The door to Keras and its tests need Keras, on JAX; None leaves the decision to others."""
+        absent = importlib.util.find_spec("keras") is None or os.environ["KERAS_BACKEND"] != "jax"
+        return True if absent and collection_path.stem.removeprefix("test_").startswith("keras") else None
 
     def pytest_collection_modifyitems(self, items):
         for item in items:

@@ -25,7 +25,8 @@ FLOORS = (
     ("_normalize", "_variants"),
     ("_core",),
     ("_inference", "_calibrate"),
-    ("networks", "training", "linen", "nnx", "convert", "report"),
+    ("_doors",),
+    ("networks", "training", "linen", "nnx", "equinox", "haiku", "keras", "convert", "report"),
     ("__init__",),  # what `import jbn` gives
     ("cli", "__main__"),
 )
@@ -36,6 +37,7 @@ GUESTS = {
     "numpy": {"_checks", "_calibrate", "convert", "report", "cli"},
     "optax": {"training", "cli"},
     "flax": {"linen", "nnx"},
+    "keras": {"keras"},
     "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"_calibrate", "cli"},
@@ -45,6 +47,7 @@ GUESTS = {
 }
 HEAVY = (
     "flax",
+    "keras",
     "matplotlib",
     "optax",
     "orbax",

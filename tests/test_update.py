@@ -82,9 +82,8 @@ def test_the_weight_of_update_t_is_that_of_the_formula(t, momentum, debias):
     """Running statistics of 0 and batch statistics of 1 make the new mean the weight itself."""
     state = BNState(*jnp.zeros((2, 1), jnp.float32), jnp.full(1, t - 1, jnp.int32))
     stats = BNStats(*jnp.ones((2, 1), jnp.float32), jnp.full(1, 4, jnp.float32))
-    kept = float(np.float32(momentum))
-    want = oracle.weight(t, kept, debias)
     for d in (momentum, jnp.float32(momentum)):
+        want = oracle.weight(t, float(d), debias)  # a Python number keeps its digits, an array those of its dtype
         after = bn_update_stats(state, stats, momentum=d, debias=debias, unbiased=False)
         np.testing.assert_allclose(after.mean, want, rtol=4e-6)
         np.testing.assert_allclose(after.var, want, rtol=4e-6)
