@@ -20,8 +20,9 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from jbn._calibrate import bn_calibrate
-from jbn._core import bn_apply, bn_init, bn_update_stats, normalize_inputs
+from jbn._core import bn_apply, bn_init, bn_update_stats
 from jbn._inference import bn_affine, bn_fold
+from jbn._inputs import normalize_inputs
 from jbn._pool import bn_merge_stats
 from jbn._pytrees import BNParams, BNState, BNStats, bn_labels, weight_decay_mask
 

@@ -1,4 +1,4 @@
-"""The three functions, and input normalization: check, measure, normalize. No arithmetic beyond composition."""
+"""The three functions: check, measure, normalize. No arithmetic beyond composition."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from jbn._pytrees import BNParams, BNState, BNStats, map_nodes
 from jbn._shardings import filled_like, laid_out_like, spec_of, with_spec
 from jbn._variants import in_blocks, out_of_blocks, renormalized
 
-__all__ = ["apply_unchecked", "bn_apply", "bn_init", "bn_update_stats", "normalize_inputs"]
+__all__ = ["apply_unchecked", "bn_apply", "bn_init", "bn_update_stats"]
 
 
 def bn_init(
@@ -85,7 +85,9 @@ def bn_apply(
 
     Args:
         params: γ and β, each (C,) or None.
-        state: running statistics, (C,); may be None in training.
+        state: running statistics, (C,); may be None in training. There the running mean may be the shift
+            of the sums (on a TPU it is), so that y depends on it in its last bits, never in its value: far
+            from the mean of x, as in a loop that never updates its state, it costs a second read of x.
         x: floating-point array, with the feature sizes C along ``axis``.
         train: whether to normalize with the statistics of x (static).
         axis: the feature axis, or axes; -1 for NHWC and (N, C), 1 for NCHW (static).
@@ -94,7 +96,9 @@ def bn_apply(
             neither the statistics nor, where the loss ignores their outputs, any gradient.
         axis_name: name, or names, of axes of `jax.shard_map`, `jax.vmap` or `jax.pmap` over which the
             statistics are synchronized: pooled by count, exact for unequal shards and masks (static).
-            Up to 16 shards one collective carries their moments, above that two all-reduces do.
+            Where all devices are known to sum about one shift (on a CPU, and on a TPU with a state that a
+            checked `jax.shard_map` has replicated) one all-reduce of 2·C numbers does it; elsewhere one
+            all-gather of their moments up to 16 shards, above that two all-reduces.
         axis_index_groups: tuple of tuples of indices along ``axis_name``, each index in one of them;
             statistics are synchronized within each group (static).
         ghost_size: g, to normalize the leading axis in blocks of g examples; the returned statistics
@@ -333,74 +337,3 @@ def _share_of_batch(count, left, debias):
     t = count.astype(left.dtype)
     w = left / -jnp.expm1(t * jnp.log1p(-left))
     return jnp.where(t == 1, 1, jnp.where(left == 0, 1 / t, w))
-
-
-def normalize_inputs(
-    x: Any, stats: BNStats | None = None, *, axis: int | tuple[int, ...] = -1, eps: Any = 0.0
-) -> tuple[jax.Array, BNStats]:
-    """Standardizes inputs with the statistics of the training set: z = (x−μ)/√(σ²+ε).
-
-    The statistics are constants of the data: no gradient flows through them to x, so that dz/dx = 1/√(σ²+ε) for
-    each value alone, and the returned ones carry none.
-
-    Args:
-        x: the data, with the feature sizes C along ``axis``; integers become float32.
-        stats: None for the training set; for the test set, the `BNStats` that the training set gave.
-        axis: the feature axis, or axes (static).
-        eps: ε ≥ 0, added to the variance.
-
-    Returns:
-        ``(z, stats)``: z of x's shape (and dtype, if floating) and the statistics used, (C,). A
-        feature that is constant in the training set gives 0.
-
-    Raises:
-        TypeError: x not real numbers, ``stats`` not `BNStats`.
-        ValueError: ``axis`` or the shape of ``stats`` does not fit, ``eps`` < 0.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from jbn import normalize_inputs
-        >>> z, stats = normalize_inputs(jnp.array([[1.0, 7.0], [3.0, 7.0]]))
-        >>> z
-        Array([[-1.,  0.],
-               [ 1.,  0.]], dtype=float32)
-        >>> z_test, _ = normalize_inputs(jnp.array([[5.0, 7.0]]), stats)
-        >>> z_test
-        Array([[3., 0.]], dtype=float32)
-
-    Keras has a ``Normalization`` layer for this, scikit-learn a ``StandardScaler``.
-
-    References:
-        LeCun, Bottou, Orr & Müller 1998, "Efficient BackProp", section 4.3.
-    """
-    x = _checks.as_data("x", x)
-    axes = _checks_axes.as_axes(axis, x.ndim)
-    reduce_axes = tuple(a for a in range(x.ndim) if a not in axes)
-    eps = _checks_layer.as_input_eps(eps)
-    if stats is not None:
-        stats = _checks_layer.as_stats(stats, tuple(x.shape[a] for a in axes))
-    return _standardized(reduce_axes, x, stats, eps)
-
-
-@_compiled
-def _standardized(reduce_axes, x, stats, eps):
-    dtype = _checks.compute_dtype(x.dtype)
-    if stats is None:
-        moments = measure(x, None, reduce_axes, dtype)
-        # Rounding leaves a constant feature a variance of some 1e-16: it is 0, and so is its output.
-        least = jnp.min(x.astype(dtype), reduce_axes, initial=jnp.inf)
-        most = jnp.max(x.astype(dtype), reduce_axes, initial=-jnp.inf)
-        moments = moments._replace(var=jnp.where(least < most, moments.var, 0))
-    else:
-        features = [entry for a, entry in enumerate(spec_of(x)) if a not in reduce_axes]
-        mean, var, count = (
-            with_spec(jnp.asarray(v).astype(dtype), features, mesh_of=x) for v in lax.stop_gradient(stats)
-        )
-        moments = Moments(mean, filled_like(mean, 0), var, count)
-    exact = not jnp.issubdtype(x.dtype, jnp.floating)  # converted where it is read, not to an array of its own
-    layout = Layout(reduce_axes, train=False, dtype=dtype if exact else None)
-    spread = moments.var + jnp.asarray(eps, dtype)
-    gamma = jnp.where(spread > 0, 1, 0).astype(dtype)
-    safe = moments._replace(var=jnp.where(spread > 0, spread, 1))
-    z, _ = normalize(layout, x, gamma, filled_like(gamma, 0), jnp.zeros((), dtype), safe, None)
-    return z, as_stats(moments)

@@ -20,10 +20,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # A room imports rooms of lower floors, and those that stand before it on its own.
 FLOORS = (
-    ("_checks", "_pytrees", "_checks_layer", "_checks_axes", "_checks_inference", "_named_axes"),
-    ("_moments",),
+    ("_checks", "_pytrees", "_checks_layer", "_checks_axes", "_checks_inference"),
+    ("_collectives", "_shardings", "_xla"),
+    ("_pool",),
+    ("_measure",),
     ("_normalize", "_variants"),
-    ("_core",),
+    ("_core", "_inputs"),
     ("_inference", "_calibrate"),
     ("_doors",),
     ("networks", "training", "linen", "nnx", "equinox", "haiku", "keras", "convert", "report"),

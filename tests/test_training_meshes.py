@@ -15,7 +15,7 @@ from jbn import networks
 from jbn.training import TrainState, make_train_step
 
 STEPS = 4
-# How W and the vectors behind it are split in each layer: not at all; the outputs of hidden layers over "model"; outputs
+# How W and the vectors behind it are split in each layer: not at all; outputs of hidden layers over "model"; outputs
 # and inputs in turn, as in large networks; the inputs over "data", as weights are that are gathered for their use.
 WHOLE, OUTPUTS, INPUTS = (P(), P()), (P(None, "model"), P("model")), (P("model", None), P())
 WEIGHTS = {
