@@ -73,7 +73,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     @nn.compact
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
         """Normalizes x, and updates ``batch_stats`` in training; arguments as in Flax."""
         return _call(self, super().__call__, x, use_running_average, mask=mask)
 

@@ -67,7 +67,7 @@ class BatchNorm(nnx.BatchNorm):
         Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
 
-    def __call__(self, x: Any, use_running_average: bool | None = None, *, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x, use_running_average: bool | None = None, *, mask: jax.Array | None = None):
         """Normalizes x, and updates the running statistics in training; arguments as in Flax."""
         evaluate = self.use_running_average if use_running_average is None else use_running_average
         if evaluate is None or any_complex(x, self.dtype, self.param_dtype):
