@@ -154,5 +154,10 @@ def _exchanged(layer_class: type) -> type:
         return layer_class
     if layer_class is nnx.BatchNorm:
         return BatchNorm
-    body = {name: getattr(layer_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body: dict[str, Any] = {name: getattr(layer_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body["__reduce__"] = lambda self: (_empty, (layer_class,), self.__getstate__())  # to be found by pickle
     return type(layer_class.__name__, (layer_class, BatchNorm), body)
+
+
+def _empty(layer_class: type) -> Any:
+    return object.__new__(_exchanged(layer_class))

@@ -74,7 +74,9 @@ def cases(**instead: Any) -> list[Case]:
     parts = {**PARTS, **instead}
     everything = list(itertools.product(*parts.values()))
     np.random.default_rng(0).shuffle(everything)
-    pairs = {case: set(itertools.combinations(enumerate(map(str, case)), 2)) for case in map(lambda c: Case(*c), everything)}
+    pairs = {
+        case: set(itertools.combinations(enumerate(map(str, case)), 2)) for case in map(lambda c: Case(*c), everything)
+    }
     left, chosen = set().union(*pairs.values()), []
     while left:
         best = max(pairs, key=lambda case: len(pairs[case] & left))

@@ -1,5 +1,7 @@
 """jbn.nnx.replace: a model that one cannot edit, with every batch norm in it exchanged."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +131,14 @@ def test_a_subclass_keeps_what_it_adds():
     assert type(ours[0]).__name__ == "Halved"
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(ours[0](x), (exact - exact.mean(0)) / exact.std(0) / 2, atol=1e-3)
+
+
+def test_a_subclass_is_pickled():
+    ours = jbn.nnx.replace(Halved(2, rngs=nnx.Rngs(0)))
+    copy = pickle.loads(pickle.dumps(ours))
+    assert type(copy) is type(ours)
+    x = jax.random.normal(jax.random.key(0), (8, 2))
+    np.testing.assert_array_equal(copy(x), ours(x))
 
 
 def test_switches_and_arguments_are_kept():
