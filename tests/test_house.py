@@ -24,7 +24,7 @@ FLOORS = (
     ("_moments",),
     ("_normalize", "_variants"),
     ("_core",),
-    ("_inference",),
+    ("_inference", "_doors"),
     ("networks", "training", "linen", "nnx", "convert", "report"),
     ("__init__",),  # what `import jbn` gives
     ("cli", "__main__"),

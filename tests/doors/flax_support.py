@@ -72,11 +72,9 @@ class Case(NamedTuple):
 def cases(**instead: Any) -> list[Case]:
     """Cases of which some one has each pair of values of two parts; ``instead`` replaces parts."""
     parts = {**PARTS, **instead}
-    everything = list(itertools.product(*parts.values()))
-    np.random.default_rng(0).shuffle(everything)
-    pairs = {
-        case: set(itertools.combinations(enumerate(map(str, case)), 2)) for case in map(lambda c: Case(*c), everything)
-    }
+    everything = [Case(*values) for values in itertools.product(*parts.values())]
+    order = np.random.default_rng(0).permutation(len(everything))
+    pairs = {everything[i]: set(itertools.combinations(enumerate(map(str, everything[i])), 2)) for i in order}
     left, chosen = set().union(*pairs.values()), []
     while left:
         best = max(pairs, key=lambda case: len(pairs[case] & left))

@@ -43,24 +43,20 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = True):
         conv = partial(nn.Conv, use_bias=False)
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name="batch")
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
         x = nn.relu(norm(name="bn_init")(conv(4, (3, 3), name="conv_init")(x)))
         x = ResNetBlock(8, strides=(2, 2), conv=conv, norm=norm, act=nn.relu)(x)
         return nn.Dense(self.classes)(jnp.mean(x, axis=(1, 2)))
 
 
 def trained(apply, variables, batch, steps=20):
-    """The losses and what is left of the variables; the batch is mapped, as the network names its axis."""
+    """The losses and the variables after some steps."""
     optimizer = optax.sgd(0.1, momentum=0.9)
     params, stats = variables["params"], variables["batch_stats"]
 
     def loss_fn(params, stats, x, y):
-        def one(x, y):
-            logits, updated = apply({"params": params, "batch_stats": stats}, x[None], mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits[0], y), updated["batch_stats"]
-
-        losses, stats = jax.vmap(one, axis_name="batch", out_axes=(0, None))(x, y)
-        return losses.mean(), stats
+        logits, updated = apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), updated["batch_stats"]
 
     @jax.jit
     def step(params, stats, optimizer_state, x, y):

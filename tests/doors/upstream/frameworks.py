@@ -1,11 +1,11 @@
 """Runs a framework's own tests of its batch norm on the door: what passes with its class has to pass with ours.
 
-    python tests/doors/upstream/frameworks.py [flax ...] [-- options of pytest]
+    python tests/doors/upstream/frameworks.py [flax ...] [--all] [-- options of pytest]
 
 The tests are taken from the framework's source distribution of the installed version, or from its installed
 package where they are in it, and are not kept. They run twice, in a process of their own: with the class as it
-is, to see which of them make a batch norm and pass, and with the door in its place. Needs the network for a
-source distribution, and the test packages of the framework.
+is, to see which of them make a batch norm and pass, and with the door in its place; with ``--all`` also those that
+make none. Needs the network for a source distribution, and the test packages of the framework.
 
 The same file is the pytest plugin of those runs.
 """
@@ -70,9 +70,10 @@ FRAMEWORKS = {
     ),
 }
 
-# What the runs tell each other, as environment variables: the framework, whether its class is exchanged, and a file
-# of the tests to run, or to write.
+# What the runs are told, in environment variables: the framework, whether its class is exchanged, a file of the
+# tests to run or to write, and whether tests that make no batch norm are asked for too.
 FRAMEWORK, EXCHANGED, TESTS = "JBN_UPSTREAM_FRAMEWORK", "JBN_UPSTREAM_EXCHANGED", "JBN_UPSTREAM_TESTS"
+ALL = "JBN_UPSTREAM_ALL"
 
 
 def _look_up(name):
@@ -123,7 +124,7 @@ class Plugin:
             item.user_properties.append(("made", self._made > 0))
 
     def pytest_runtest_logreport(self, report):
-        if report.when == "call" and dict(report.user_properties).get("made"):
+        if report.when == "call" and (os.environ[ALL] == "yes" or dict(report.user_properties).get("made")):
             self._passed[report.nodeid] = report.passed and self._passed.get(report.nodeid, True)
 
     def pytest_sessionfinish(self, session):
@@ -153,10 +154,11 @@ def _fetch(framework: Framework, scratch: Path) -> Path:
     return source / framework.folder
 
 
-def _run(name: str, exchanged: str, folder: Path, scratch: Path, options: list[str]) -> list[str]:
-    """The tests that made a batch norm and passed."""
+def _run(name: str, exchanged: str, every: bool, folder: Path, scratch: Path, options: list[str]) -> list[str]:
+    """The tests that made a batch norm, or all of them, and passed."""
     framework, tests = FRAMEWORKS[name], scratch / "tests.no"
     here = {FRAMEWORK: name, EXCHANGED: exchanged, TESTS: str(tests), "JAX_PLATFORMS": "cpu"}
+    here[ALL] = "yes" if every else "no"
     path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT, os.environ.get("PYTHONPATH", ""))))
     config = "/dev/null" if framework.config is None else folder.parent / framework.config
     command = [sys.executable, "-m", "pytest", "-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider"]
@@ -169,16 +171,18 @@ def _run(name: str, exchanged: str, folder: Path, scratch: Path, options: list[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("frameworks", nargs="*", default=list(FRAMEWORKS), choices=[*FRAMEWORKS, []])
+    parser.add_argument("frameworks", nargs="*", metavar="framework", help=", ".join(FRAMEWORKS))
+    parser.add_argument("--all", action="store_true", help="ask for tests that make no batch norm too")
     arguments, options = sys.argv[1:], []
     if "--" in arguments:
         at = arguments.index("--")
         arguments, options = arguments[:at], arguments[at + 1 :]
+    asked = parser.parse_args(arguments)
     lines, lost = [], []
-    for name in parser.parse_args(arguments).frameworks:
+    for name in asked.frameworks or FRAMEWORKS:
         with tempfile.TemporaryDirectory() as scratch:
             folder = _fetch(FRAMEWORKS[name], Path(scratch))
-            own, ours = (_run(name, exchanged, folder, Path(scratch), options) for exchanged in ("no", "yes"))
+            own, ours = (_run(name, e, asked.all, folder, Path(scratch), options) for e in ("no", "yes"))
         version = importlib.metadata.version(FRAMEWORKS[name].distribution)
         lines.append(f"{name} {version}: {len(own)} tests pass with its own batch norm, {len(ours)} with the door.")
         lost += [f"  not with the door: {test}" for test in own if test not in ours]
