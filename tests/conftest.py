@@ -5,6 +5,7 @@ workers of ``pytest -n``.
 """
 
 import contextlib
+import importlib.util
 import os
 
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -22,6 +23,9 @@ DOORS = frozenset(
     {"checkpoints", "cli", "convert", "docs", "flax", "linen", "nnx", "notebooks", "README", "report", "resume"}
 )
 
+# The package without which a door cannot be imported, nor its examples collected.
+PACKAGES = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku", "keras": "keras"}
+
 
 def _is_door(item):
     path = item.path.relative_to(item.config.rootpath)
@@ -31,6 +35,10 @@ def _is_door(item):
 
 class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
+
+    def pytest_ignore_collect(self, collection_path):
+        package = PACKAGES.get(collection_path.stem) if collection_path.parent.name == "jbn" else None
+        return True if package is not None and importlib.util.find_spec(package) is None else None
 
     def pytest_collection_modifyitems(self, items):
         for item in items:

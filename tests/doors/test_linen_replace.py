@@ -76,13 +76,12 @@ def test_a_published_resnet_trains_as_before_and_its_checkpoint_goes_both_ways()
     x = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
     batch = (x, jax.random.randint(jax.random.key(2), (8,), 0, 3))
     variables = jax.jit(model.init)(KEY, x)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(linen.replace()(model.init))(KEY, x), variables)
     theirs, ours = (trained(apply, variables, batch) for apply in (model.apply, linen.replace()(model.apply)))
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-3)
     assert theirs[0][-1] < 0.8 * theirs[0][0]
     assert_close(ours[1], theirs[1], tolerance=5e-3)
     evaluate = partial(model.apply, train=False)
-    assert_close(linen.replace()(evaluate)(theirs[1], x), evaluate(ours[1], x), tolerance=1e-2)
+    assert_close(jax.jit(linen.replace()(evaluate))(theirs[1], x), jax.jit(evaluate)(ours[1], x), tolerance=1e-2)
 
 
 class Net(nn.Module):
@@ -200,6 +199,7 @@ def test_what_is_complex_is_left_to_flax():
 def test_an_optimizer_made_before_fits():
     model = Net()
     params = model.init(KEY, FAR)["params"]
+    jax.tree.map(np.testing.assert_array_equal, linen.replace()(model.init)(KEY, FAR)["params"], params)
     before = optax.adam(0.1).init(params)
     after = optax.adam(0.1).init(linen.replace()(model.init)(KEY, FAR)["params"])
     jax.tree.map(np.testing.assert_array_equal, before, after)
