@@ -115,7 +115,7 @@ _STOCK, _DOOR = (inspect.unwrap(layer.__call__) for layer in (nn.BatchNorm, Batc
 # A part of the key of JAX's caches: a function that was traced outside is traced anew inside, and the other way round.
 _exchanging = jax.make_user_context(default_value=False)
 
-_exchanged: set[type] = set()  # the outermost modules in which a batch norm was found
+_found_in: set[type] = set()  # the outermost modules in which a batch norm was ever called and exchanged
 
 
 @contextlib.contextmanager
@@ -132,10 +132,10 @@ def replace() -> Iterator[None]:
     what ``jax.jit`` has traced outside is traced once more inside.
 
     Args:
-        None.
+        Takes none.
 
     Returns:
-        A context manager, which decorates functions too.
+        A context manager that is a decorator, too.
 
     Raises:
         ValueError: at its end, where no batch norm was called.
@@ -164,15 +164,15 @@ def replace() -> Iterator[None]:
             method = inspect.unwrap(context.orig_method.func)
             if method in (_STOCK, _DOOR):
                 found = True
-                _exchanged.add(running[0])
+                _found_in.add(running[0])
             return _call(context.module, proceed, *args, **kwargs) if method is _STOCK else proceed(*args, **kwargs)
         finally:
             running.pop()
 
     with _exchanging(True), nn.intercept_methods(exchange):
         yield
-    # Where a function was traced inside before, jit calls no module; what it found then counts now.
-    if not found and _exchanged.isdisjoint(called or _exchanged):
+    # What jit traced inside an earlier replace() it runs again without calling a module: that is not nothing.
+    if not found and _found_in.isdisjoint(called or _found_in):
         raise ValueError(
             "replace: got no call of flax.linen.BatchNorm inside; expected at least one; "
             "decorate the function that calls the model: jax.jit(replace()(model.apply))."

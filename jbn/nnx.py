@@ -1,5 +1,6 @@
 """The door to Flax nnx: its own BatchNorm with the numbers of jbn, and a way into models that one cannot edit."""
 
+import math
 from functools import cache
 from typing import Any, TypeVar
 
@@ -77,6 +78,11 @@ class BatchNorm(nnx.BatchNorm):
         x, _, _, *learned = self.promote_dtype((jnp.asarray(x), mean, var, *learned), dtype=self.dtype)
         axes = feature_axes(self.axis, x.ndim)
         shape = tuple(x.shape[a] for a in axes)
+        if math.prod(shape) != mean.size:
+            raise ValueError(
+                f"num_features: got {mean.size}; expected {math.prod(shape)}, the size of x of shape {x.shape} along "
+                f"axis {self.axis}; change num_features or axis."
+            )
         moments = (mean.reshape(shape), var.reshape(shape))
         y, stats = normalized(
             BNParams(*(None if v is None else v.reshape(shape) for v in learned)),

@@ -218,7 +218,7 @@ def no_norm():
 
 @pytest.mark.parametrize("call", [no_norm, empty])
 def test_nothing_found_is_an_error(call, monkeypatch):
-    monkeypatch.setattr(linen, "_exchanged", set())
+    monkeypatch.setattr(linen, "_found_in", set())
     with pytest.raises(ValueError, match=r"^replace: got no call of flax\.linen\.BatchNorm inside; expected [^\n]*$"):
         call()
 

@@ -101,6 +101,11 @@ def test_the_mode_has_to_be_given_and_the_error_is_that_of_flax():
     assert errors[0] == errors[1]
 
 
+def test_a_number_of_features_that_does_not_fit_is_one_line():
+    with pytest.raises(ValueError, match=r"^num_features: got 1; expected 3, the size of x of shape \(4, 3\)"):
+        make(BatchNorm, 1)(jnp.ones((4, 3)))
+
+
 def test_several_feature_axes_can_be_trained():
     x = jax.random.normal(KEY, (16, 2, 3)) * 2 + 1
     layer = make(BatchNorm, 6, axis=(1, 2), momentum=0.0)
