@@ -1,7 +1,8 @@
 """Times a whole training step: batch norm's share of it, and its memory, for each batch norm and without any.
 
 All contestants train the same network by the same step: `jbn.networks` and `jbn.training` with another norm
-bound to ``bn=``, or with ``norm=None``. A norm's share is what its step takes longer than the step without.
+bound to ``bn=``, or with ``norm=None``, or the same network written in Flax with Flax's own norm or the door. A
+norm's share is what its step takes longer than the step without.
 """
 
 import dataclasses
@@ -72,6 +73,19 @@ class Norm(NamedTuple):
     title: str
     package: str  # which has to be installed
     options: Callable[[], dict[str, Any]]  # of the network
+    flax: bool = False  # whether the whole network is one of Flax, of which there is a resnet
+
+
+def _door() -> dict[str, Any]:
+    from jbn.linen import BatchNorm
+
+    return {"norm": BatchNorm}
+
+
+def _stock() -> dict[str, Any]:
+    from flax.linen import BatchNorm
+
+    return {"norm": BatchNorm}
 
 
 def _jbn() -> dict[str, Any]:
@@ -84,6 +98,8 @@ NORMS = {
     "jbn": Norm("jbn", "jbn", _jbn),
     "linen": Norm("flax.linen", "flax", lambda: {"bn": partial(linen, fast=True)}),
     "linen_two_pass": Norm("flax.linen, two-pass", "flax", lambda: {"bn": partial(linen, fast=False)}),
+    "flax_door": Norm("a Flax network, jbn.linen", "flax", _door, flax=True),
+    "flax": Norm("a Flax network, flax.linen", "flax", _stock, flax=True),
     "none": Norm("no norm", "jbn", lambda: {"norm": None}),
 }
 
@@ -99,7 +115,12 @@ class Step:
         from jbn import networks
         from jbn.training import TrainState, make_train_step
 
-        make = getattr(networks, case.network)
+        if NORMS[name].flax:
+            import flax_resnet
+
+            make = flax_resnet.network
+        else:
+            make = getattr(networks, case.network)
         network = make(*case.arguments, **case.options, **NORMS[name].options(), dtype=jnp.dtype(dtype))
         # So slow that it changes little: without a norm a deep network bears no more.
         optimizer = optax.sgd(1e-5, momentum=0.9)
@@ -228,7 +249,8 @@ def measure(options: Any) -> harness.Run:
     cases = TINY if options.quick else CASES
     for dtype in options.dtypes:
         for network in options.networks:
-            run.rows.append(_measured(cases[network], dtype, present, order, options))
+            able = [name for name in present if network == "resnet" or not NORMS[name].flax]
+            run.rows.append(_measured(cases[network], dtype, able, order, options))
             print(run.rows[-1]["title"], dtype, flush=True)
             for name in run.rows[-1]["seconds"]:
                 print("  ", *_line(run.rows[-1], name), sep="  ", flush=True)

@@ -27,6 +27,9 @@ DOORS = frozenset(
     }
 )
 
+# The package without which a door cannot be imported, nor its examples collected.
+PACKAGES = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku", "keras": "keras"}
+
 
 def _is_door(item):
     path = item.path.relative_to(item.config.rootpath)
@@ -38,9 +41,8 @@ class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
 
     def pytest_ignore_collect(self, collection_path):
-        """The door to Keras and its tests need Keras, on JAX; None leaves the decision to others."""
-        absent = importlib.util.find_spec("keras") is None or os.environ["KERAS_BACKEND"] != "jax"
-        return True if absent and collection_path.stem.removeprefix("test_").startswith("keras") else None
+        package = PACKAGES.get(collection_path.stem) if collection_path.parent.name == "jbn" else None
+        return True if package is not None and importlib.util.find_spec(package) is None else None
 
     def pytest_collection_modifyitems(self, items):
         for item in items:
