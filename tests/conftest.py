@@ -5,6 +5,7 @@ workers of ``pytest -n``.
 """
 
 import contextlib
+import importlib.util
 import os
 
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -19,8 +20,12 @@ import pytest  # noqa: E402
 # The opt-out, in one place: files whose code runs other libraries, which promote dtypes and ranks
 # implicitly and warn as they like. A file counts by its name without ``test_``, with the folders above it.
 DOORS = frozenset(
-    {"checkpoints", "cli", "convert", "docs", "flax", "linen", "nnx", "notebooks", "README", "report", "resume"}
+    {"checkpoints", "cli", "convert", "docs", "doors", "equinox", "flax", "haiku", "linen", "nnx", "notebooks"}
+    | {"README", "report", "resume"}
 )
+
+# Modules of jbn that need a framework: without it they are not collected, and their doctests are skipped.
+FRAMEWORKS = {"equinox.py": "equinox", "haiku.py": "haiku"}
 
 
 def _is_door(item):
@@ -31,6 +36,10 @@ def _is_door(item):
 
 class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
+
+    def pytest_ignore_collect(self, collection_path):
+        framework = FRAMEWORKS.get(collection_path.name) if collection_path.parent.name == "jbn" else None
+        return True if framework and not importlib.util.find_spec(framework) else None
 
     def pytest_collection_modifyitems(self, items):
         for item in items:

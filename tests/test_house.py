@@ -25,7 +25,8 @@ FLOORS = (
     ("_normalize", "_variants"),
     ("_core",),
     ("_inference",),
-    ("networks", "training", "linen", "nnx", "convert", "report"),
+    ("_doors",),
+    ("networks", "training", "linen", "nnx", "equinox", "haiku", "convert", "report"),
     ("__init__",),  # what `import jbn` gives
     ("cli", "__main__"),
 )
@@ -36,6 +37,8 @@ GUESTS = {
     "numpy": {"_pytrees", "_checks", "_inference", "convert", "report", "cli"},
     "optax": {"training", "cli"},
     "flax": {"linen", "nnx"},
+    "equinox": {"equinox"},
+    "haiku": {"haiku"},
     "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"_inference", "cli"},
@@ -44,7 +47,9 @@ GUESTS = {
     "orbax": {"cli"},
 }
 HEAVY = (
+    "equinox",
     "flax",
+    "haiku",
     "matplotlib",
     "optax",
     "orbax",
