@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._core import apply_unchecked
-from jbn._doors import as_floating, correction, exchanged, missing, undebiased, usable_channels, widened
+from jbn._doors import apply_pooled, as_floating, correction, exchanged, missing, undebiased, usable_channels, widened
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState
 
@@ -71,11 +71,12 @@ class BatchNorm(eqx.nn.BatchNorm):
         Ioffe & Szegedy 2015, Algorithms 1 and 2; Kingma & Ba 2015, section 3, for the division by 1−mᵗ.
     """
 
-    @wraps(eqx.nn.BatchNorm.__init__)
+    @wraps(eqx.nn.BatchNorm.__init__)  # type: ignore[misc]
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.mode == "ema":  # made by jnp.empty, which from JAX 0.11 on is whatever the memory held
-            self.ema_state_index = eqx.nn.StateIndex(jax.tree.map(jnp.zeros_like, self.ema_state_index.init))
+        index = self.ema_state_index
+        if index is not None:  # made by jnp.empty, which from JAX 0.11 on is whatever the memory held
+            self.ema_state_index = eqx.nn.StateIndex(jax.tree.map(jnp.zeros_like, index.init))
 
     @jax.named_scope("eqx.nn.BatchNorm")
     def __call__(self, x, state, *, key=None, inference=None):
@@ -84,14 +85,14 @@ class BatchNorm(eqx.nn.BatchNorm):
         inference = self.inference if inference is None else inference
         index = self.ema_state_index if self.mode == "ema" else self.batch_state_index
         mean, var = state.get(index)
-        x = as_floating(x)
+        given, x = jnp.asarray(x).dtype, as_floating(x)
         if x.shape[:1] != mean.shape:
             raise ValueError(
                 f"x: got shape {x.shape}; expected ({mean.shape[0]}, …), channels first and no batch axis; "
                 f"map over the batch with jax.vmap(layer, axis_name={self.axis_name!r}, in_axes=(0, None))."
             )
         if self.mode == "batch" and not inference:
-            y, stats = self._normalized(x)
+            y, stats = self._normalized(x, x.dtype)
             usable, count = usable_channels(stats, mean.dtype), state.get(self.batch_counter)
             mean, _ = undebiased(mean, count, stats.mean, usable, self.momentum)
             var, count = undebiased(var, count, stats.var, usable, self.momentum)
@@ -100,7 +101,7 @@ class BatchNorm(eqx.nn.BatchNorm):
             scale = correction(state.get(self.batch_counter), self.momentum, mean.dtype)
             mean, var = mean / scale, var / scale
         elif not inference:
-            _, stats = self._normalized(x)
+            _, stats = self._normalized(x, x.dtype)
             usable, first = usable_channels(stats, mean.dtype), state.get(self.ema_first_time_index)
             kept, m = (mean, var), self.momentum
             mean, var = (
@@ -111,16 +112,19 @@ class BatchNorm(eqx.nn.BatchNorm):
             state = state.set(self.ema_first_time_index, first & ~jnp.all(usable))
             moved = tuple(jnp.where(usable, new, old) for new, old in zip((mean, var), kept, strict=True))
             state = state.set(index, moved)
-        return self._normalized(x, (mean, var))[0], state
+        return self._normalized(x, given if inference else x.dtype, (mean, var))[0], state
 
-    def _normalized(self, x, running=None):
-        """(y, stats), by the moments of x or by (mean, var)."""
+    def _normalized(self, x, given, running=None):
+        """(y, stats), by the moments of x, ``given`` in that dtype, or by (mean, var)."""
         params = BNParams(self.weight, self.bias)
-        dtype = jnp.result_type(x, *jax.tree.leaves((params, running)))
+        dtype = jnp.result_type(given, *jax.tree.leaves((params, running)))
         names = tuple(self.axis_name) if isinstance(self.axis_name, (list, tuple)) else (self.axis_name,)
         layout = Layout(tuple(range(1, x.ndim)), names, train=running is None, dtype=dtype)
-        state = running and BNState(*running, jnp.ones(running[0].shape, jnp.int32))
-        return apply_unchecked(layout, params, state, widened(x, dtype), self.eps)
+        x = widened(x, dtype)
+        if running is None:
+            return apply_pooled(layout, params, x, self.eps)
+        mean, var = running
+        return apply_unchecked(layout, params, BNState(mean, var, jnp.ones(mean.shape, jnp.int32)), x, self.eps)
 
 
 def replace(model: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._core import apply_unchecked
-from jbn._doors import as_floating, correction, exchanged, missing, undebiased, usable_channels, widened
+from jbn._doors import apply_pooled, as_floating, correction, exchanged, missing, undebiased, usable_channels, widened
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState
 
@@ -115,15 +115,15 @@ def _normalized(layer, x, reduce_axes, train, scale, offset):
         train=train,
         dtype=dtype if in_kernel else jnp.promote_types(dtype, jnp.float32),
     )
-    state = None
-    if not train:
-        mean, var = (ema.average.reshape(features) for ema in (layer.mean_ema, layer.var_ema))
-        state = BNState(mean, var, jnp.ones(features, jnp.int32))
     params = BNParams(None, None)
     if in_kernel:
         params = BNParams(*(v if v is None else _per_channel(v, features, reduce_axes, x) for v in (scale, offset)))
-    wide = widened(x, dtype)
-    y, stats = apply_unchecked(layout, params, state, wide[None] if lone else wide, layer.eps)
+    x = widened(x[None] if lone else x, dtype)
+    if train:
+        y, stats = apply_pooled(layout, params, x, layer.eps)
+    else:
+        mean, var = (ema.average.reshape(features) for ema in (layer.mean_ema, layer.var_ema))
+        y, stats = apply_unchecked(layout, params, BNState(mean, var, jnp.ones(features, jnp.int32)), x, layer.eps)
     y = y[0] if lone else y
     if not in_kernel:
         y = ((y if scale is None else y * scale) + (0 if offset is None else offset)).astype(dtype)
@@ -235,5 +235,5 @@ class _Replacement(ContextDecorator):
         if context.method_name == "__init__" and isinstance(layer, hk.BatchNorm):
             self._found = True
             if not isinstance(layer, BatchNorm):
-                layer.__class__ = exchanged(type(layer), BatchNorm)
+                layer.__class__ = exchanged(type(layer), BatchNorm)  # type: ignore[arg-type]
         return result

@@ -11,9 +11,9 @@ import unittest
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from haiku._src import batch_norm, batch_norm_test  # noqa: E402
+from haiku._src import batch_norm, batch_norm_test
 
-import jbn.haiku  # noqa: E402
+import jbn.haiku
 
 
 def count(layer, around=contextlib.nullcontext):
