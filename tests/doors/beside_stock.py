@@ -16,11 +16,11 @@ def assert_same(got, expected, tolerance=2e-6):
 
 
 def assert_near(got, expected, tolerance):
-    """Values alone, to ``tolerance`` of the largest."""
+    """Values alone, to ``tolerance`` of the largest, or of 0.1: what is smaller is a difference of larger ones."""
     kind = np.complex128 if np.iscomplexobj(got) else np.float64
     got, expected = np.asarray(got).astype(kind), np.asarray(expected).astype(kind)
     largest = np.max(np.abs(expected), initial=0)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(largest, 1e-3))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(largest, 0.1))
 
 
 def outline(signature):
