@@ -48,7 +48,8 @@ def undebiased(
     shown = jnp.where(usable, batch.astype(wide), old / correction(count, decay, wide))
     moves = jnp.any(usable)
     new = jnp.where(moves, old * decay + shown * (1 - decay), old)
-    return new.astype(hidden.dtype), count + jnp.where(moves, 1, 0)  # weakly typed: the count keeps its type
+    # In `lax`, where t keeps its dtype also in 64 bit, and stays weakly typed if it is: Equinox compares that too.
+    return new.astype(hidden.dtype), lax.select(moves, lax.add(count, lax.full_like(count, 1)), count)
 
 
 def usable_channels(stats: BNStats, dtype: Any) -> jax.Array:
