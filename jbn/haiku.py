@@ -92,9 +92,10 @@ class BatchNorm(hk.BatchNorm):
         if is_training:
             shape = [1 if a in reduce_axes else n for a, n in enumerate(x.shape)]
             usable = usable_channels(stats, stats.mean.dtype).reshape(shape)
-            with hk.intercept_methods(partial(_average, usable, x.dtype)):
-                self.mean_ema(stats.mean.reshape(shape))
-                self.var_ema(stats.var.reshape(shape))
+            for ema, batch in ((self.mean_ema, stats.mean), (self.var_ema, stats.var)):
+                batch = batch.reshape(shape)
+                with hk.intercept_methods(partial(_average, batch, usable, x.dtype)):
+                    ema(batch)
         return y
 
 
@@ -161,10 +162,9 @@ def _groups(groups, names):
     return canonical
 
 
-def _average(usable, dtype, next_method, args, kwargs, context):
+def _average(batch, usable, dtype, next_method, args, kwargs, context):
     """Stands in for a call of `hk.ExponentialMovingAverage`, among its variables."""
-    del next_method, kwargs
-    (batch,) = args
+    del next_method, args, kwargs
     # As in Haiku, the average of a module that is initialized is that of the batch it is initialized with.
     first = jnp.where(usable, batch, 0)
     average = hk.get_state("average", batch.shape, dtype, init=lambda shape, dtype: first.astype(dtype))
