@@ -163,8 +163,9 @@ def _groups(groups, names):
 
 
 def _average(batch, usable, dtype, next_method, args, kwargs, context):
-    """Stands in for a call of `hk.ExponentialMovingAverage`, among its variables."""
-    del next_method, args, kwargs
+    """Stands in for the call of an `hk.ExponentialMovingAverage`, among its variables."""
+    if context.method_name != "__call__":
+        return next_method(*args, **kwargs)
     # As in Haiku, the average of a module that is initialized is that of the batch it is initialized with.
     first = jnp.where(usable, batch, 0)
     average = hk.get_state("average", batch.shape, dtype, init=lambda shape, dtype: first.astype(dtype))

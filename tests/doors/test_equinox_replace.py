@@ -73,7 +73,7 @@ def test_an_optimizer_state_made_before_goes_on_after():
 
 def test_on_images_with_a_large_mean_only_the_replaced_model_is_right():
     x, labels = models.images()
-    x = 1e5 + 1e-2 * jnp.concatenate([x, x[:, :1]], 1)
+    x = 4e4 + 1e-2 * jnp.concatenate([x, x[:, :1]], 1)
     model, state, _ = resnet()
     model = eqx.tree_at(lambda model: model.stem, model, eqx.nn.Identity())  # the first layer sees the images
     loss = eqx.filter_jit(models.loss_of)
