@@ -14,9 +14,9 @@ from jbn._pytrees import BNParams, BNState, BNStats
 __all__ = [
     "apply_pooled",
     "as_floating",
-    "correction",
     "exchanged",
     "missing",
+    "reading",
     "undebiased",
     "usable_channels",
     "widened",
@@ -30,9 +30,10 @@ def missing(door: str, package: str, extra: str) -> ModuleNotFoundError:
     )
 
 
-def correction(count: jax.Array, decay: Any, dtype: Any) -> jax.Array:
-    """1 − dᵗ, by which an average that started at 0 is divided when it is read; 1 before its first update."""
-    return jnp.where(count == 0, 1, 1 - jnp.power(jnp.asarray(decay, dtype), count))
+def reading(hidden: jax.Array, count: jax.Array, decay: Any) -> jax.Array:
+    """An average that started at 0, as it is read: hidden/(1−dᵗ), in float32 or more; hidden where t = 0."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return hidden.astype(wide) / jnp.where(count == 0, 1, 1 - jnp.power(jnp.asarray(decay, wide), count))
 
 
 def undebiased(
@@ -45,7 +46,7 @@ def undebiased(
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     old = hidden.astype(wide)
-    shown = jnp.where(usable, batch.astype(wide), old / correction(count, decay, wide))
+    shown = jnp.where(usable, batch.astype(wide), reading(hidden, count, decay))
     moves = jnp.any(usable)
     new = jnp.where(moves, old * decay + shown * (1 - decay), old)
     # In `lax`, where t keeps its dtype also in 64 bit, and stays weakly typed if it is: Equinox compares that too.

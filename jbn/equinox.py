@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._core import apply_unchecked
-from jbn._doors import apply_pooled, as_floating, correction, exchanged, missing, undebiased, usable_channels, widened
+from jbn._doors import apply_pooled, as_floating, exchanged, missing, reading, undebiased, usable_channels, widened
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState
 
@@ -98,8 +98,8 @@ class BatchNorm(eqx.nn.BatchNorm):
             var, count = undebiased(var, count, stats.var, usable, self.momentum)
             return y, state.set(self.batch_counter, count).set(index, (mean, var))
         if self.mode == "batch":
-            scale = correction(state.get(self.batch_counter), self.momentum, mean.dtype)
-            mean, var = mean / scale, var / scale
+            count = state.get(self.batch_counter)
+            mean, var = (reading(v, count, self.momentum).astype(v.dtype) for v in (mean, var))
         elif not inference:
             _, stats = self._normalized(x, x.dtype)
             usable, first = usable_channels(stats, mean.dtype), state.get(self.ema_first_time_index)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._core import apply_unchecked
-from jbn._doors import apply_pooled, as_floating, correction, exchanged, missing, undebiased, usable_channels, widened
+from jbn._doors import apply_pooled, as_floating, exchanged, missing, reading, undebiased, usable_channels, widened
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState
 
@@ -174,7 +174,7 @@ def _average(batch, usable, dtype, next_method, args, kwargs, context):
     usable = usable & jnp.isfinite(batch.astype(hidden.dtype))
     decay = jnp.asarray(context.module.decay, jnp.promote_types(hidden.dtype, jnp.float32))
     hidden, count = undebiased(hidden, count, batch, usable, decay)
-    read = (hidden / correction(count, decay, decay.dtype)).astype(average.dtype)
+    read = reading(hidden, count, decay).astype(average.dtype)
     hk.set_state("counter", count)
     hk.set_state("hidden", hidden)
     hk.set_state("average", jnp.where(usable, read, average))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:When `eqx.nn.BatchNorm")
 
 def made(cls, channels=3, names="batch", *, seed=0, **options):
     """(layer, state), with γ and β other than 1 and 0 where there are any."""
-    layer, state = eqx.nn.make_with_state(cls)(channels, names, **options)
+    layer, state = eqx.nn.make_with_state(cls)(channels, names, **{"dtype": jnp.float32, **options})
     if layer.weight is not None:
         gamma, beta = np.random.default_rng(seed).normal(size=(2, channels)) + 1
         affine = (jnp.asarray(gamma, layer.weight.dtype), jnp.asarray(beta, layer.weight.dtype))
@@ -331,14 +331,14 @@ def test_sequentials_nest(inner, outer):
 def test_layers_made_under_vmap_are_an_ensemble():
     @eqx.filter_vmap
     def make(scale):
-        layer, state = eqx.nn.make_with_state(door.BatchNorm)(3, "batch", mode="batch")
+        layer, state = eqx.nn.make_with_state(door.BatchNorm)(3, "batch", mode="batch", dtype=jnp.float32)
         return eqx.tree_at(lambda layer: layer.weight, layer, layer.weight * scale), state
 
     scales = jnp.array([1.0, 2.0], jnp.float32)
     layers, states = make(scales)
     x = batch((6, 3))
     ys, states = eqx.filter_vmap(lambda layer, state: mapped(layer)(x, state))(layers, states)
-    single, state = eqx.nn.make_with_state(door.BatchNorm)(3, "batch", mode="batch")
+    single, state = eqx.nn.make_with_state(door.BatchNorm)(3, "batch", mode="batch", dtype=jnp.float32)
     y, _ = mapped(single)(x, state)
     assert_same([ys[0], ys[1]], [y, 2 * y])
 
