@@ -18,7 +18,8 @@ OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 
 
 def resnet(mode="batch"):
-    model, state = eqx.nn.make_with_state(models.ResNet)(mode, key=jax.random.key(0))
+    pair = eqx.nn.make_with_state(models.ResNet)(mode, key=jax.random.key(0))
+    model, state = jax.tree.map(lambda v: v.astype(jnp.float32) if eqx.is_inexact_array(v) else v, pair)
     return model, state, OPTIMIZER.init(eqx.filter(model, eqx.is_inexact_array))
 
 
