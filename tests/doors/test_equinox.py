@@ -237,7 +237,7 @@ def test_a_scan_inside_the_vmap_carries_the_state(mode, x64):
         xs = batch((8, 5, 3), jnp.result_type(float))
         answers = []
         for cls in (door.BatchNorm, eqx.nn.BatchNorm):
-            layer, state = made(cls, mode=mode)
+            layer, state = made(cls, mode=mode, dtype=xs.dtype)
             for _ in range(2):
                 (value, state), gradients = mean(layer, state, xs)
                 answers.append((value, jax.tree.leaves((state, eqx.filter(gradients, eqx.is_array)))))
