@@ -191,6 +191,9 @@ def replace() -> "_Replacement":
     Modules keep their names, parameters and state; a subclass of `haiku.BatchNorm` stays one, with jbn's layer
     below it; policies of `haiku.mixed_precision` for `haiku.BatchNorm` hold.
 
+    Args:
+        None: layers are found as they are made.
+
     Returns:
         The context manager. Decorating, ``replace()(function)``, it gives a function of the same signature.
 
