@@ -24,8 +24,8 @@ DOORS = frozenset(
     | {"README", "report", "resume"}
 )
 
-# Modules of jbn that need a framework: without it they are not collected, and their doctests are skipped.
-FRAMEWORKS = {"equinox.py": "equinox", "haiku.py": "haiku"}
+# Files that need a framework: without it they are not collected for their doctests.
+FRAMEWORKS = {"equinox.py": "equinox", "equinox_models.py": "equinox", "haiku.py": "haiku"}
 
 
 def _is_door(item):
@@ -38,7 +38,7 @@ class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
 
     def pytest_ignore_collect(self, collection_path):
-        framework = FRAMEWORKS.get(collection_path.name) if collection_path.parent.name == "jbn" else None
+        framework = FRAMEWORKS.get(collection_path.name)
         return True if framework and not importlib.util.find_spec(framework) else None
 
     def pytest_collection_modifyitems(self, items):
