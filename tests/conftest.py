@@ -21,14 +21,12 @@ import pytest  # noqa: E402
 # The opt-out, in one place: files whose code runs other libraries, which promote dtypes and ranks
 # implicitly and warn as they like. A file counts by its name without ``test_``, with the folders above it.
 DOORS = frozenset(
-    {
-        *("checkpoints", "cli", "convert", "docs", "flax", "keras", "linen", "nnx", "notebooks", "README", "report"),
-        "resume",
-    }
+    {"checkpoints", "cli", "convert", "docs", "doors", "equinox", "flax", "haiku", "keras", "linen", "nnx", "notebooks"}
+    | {"README", "report", "resume"}
 )
 
-# The package without which a door cannot be imported, nor its examples collected.
-PACKAGES = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku", "keras": "keras"}
+# The package without which a door cannot be imported, nor its examples and tests collected.
+PACKAGES = {"linen": "flax", "nnx": "flax", "flax": "flax", "equinox": "equinox", "haiku": "haiku", "keras": "keras"}
 
 
 def _is_door(item):
@@ -41,8 +39,12 @@ class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
 
     def pytest_ignore_collect(self, collection_path):
-        package = PACKAGES.get(collection_path.stem) if collection_path.parent.name == "jbn" else None
-        return True if package is not None and importlib.util.find_spec(package) is None else None
+        """The door to a framework that is absent (for Keras: on another backend than JAX), and its tests."""
+        package = PACKAGES.get(collection_path.stem.removeprefix("test_").split("_")[0])
+        if package is None or not {"jbn", "doors"} & {collection_path.parent.name}:
+            return None
+        absent = importlib.util.find_spec(package) is None
+        return True if absent or (package == "keras" and os.environ["KERAS_BACKEND"] != "jax") else None
 
     def pytest_collection_modifyitems(self, items):
         for item in items:

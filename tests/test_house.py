@@ -39,6 +39,8 @@ GUESTS = {
     "numpy": {"_checks", "_calibrate", "convert", "report", "cli"},
     "optax": {"training", "cli"},
     "flax": {"linen", "nnx"},
+    "equinox": {"equinox"},
+    "haiku": {"haiku"},
     "keras": {"keras"},
     "matplotlib": {"report"},
     "typer": {"cli"},
@@ -48,7 +50,9 @@ GUESTS = {
     "orbax": {"cli"},
 }
 HEAVY = (
+    "equinox",
     "flax",
+    "haiku",
     "keras",
     "matplotlib",
     "optax",
