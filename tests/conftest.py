@@ -16,17 +16,16 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# The opt-out, in one place: files whose code runs other libraries, which promote dtypes and ranks
-# implicitly and warn as they like. A file counts by its name without ``test_``, with the folders above it.
+# The opt-out, in one place: folders and modules whose code runs other libraries, which promote dtypes and
+# ranks implicitly and warn as they like.
 DOORS = frozenset(
-    {"checkpoints", "cli", "convert", "docs", "flax", "linen", "nnx", "notebooks", "README", "report", "resume"}
+    {"cli", "convert", "docs", "doors", "equinox", "haiku", "keras", "linen", "nnx", "notebooks", "README", "report"}
 )
 
 
 def _is_door(item):
     path = item.path.relative_to(item.config.rootpath)
-    names = {part.removesuffix(path.suffix).removeprefix("test_") for part in path.parts}
-    return not DOORS.isdisjoint(names | {name.split("_")[0] for name in names})
+    return not DOORS.isdisjoint({*path.parts, path.stem.lstrip("_")})
 
 
 class _House:
