@@ -1,11 +1,18 @@
-"""One machine for all tests: eight host devices, strict promotion, warnings as errors.
+"""One machine for all tests: the installed jbn, eight host devices, strict promotion, warnings as errors.
 
-Read by pytest before any test imports jax. It holds for the doctests of ``jbn`` as well, and for the
-workers of ``pytest -n``.
+Read by pytest before any test imports jax, in the workers of ``pytest -n`` too. It holds for the doctests of
+``jbn`` as well.
 """
 
 import contextlib
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # pytest does so itself, but only later
 
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -13,8 +20,22 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# Workers, and the commands that tests start, share what they compile. JAX's key of an entry holds the program, the
+# options and the versions; a folder that the environment names is used instead, and kept.
+_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jbn-compiled-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("support")
+
+from support import installed  # noqa: E402
+
+installed.hide_checkout(ROOT)
 
 # The opt-out, in one place: folders and modules whose code runs other libraries, which promote dtypes and
 # ranks implicitly and warn as they like.
@@ -24,18 +45,37 @@ DOORS = frozenset(
 
 
 def _is_door(item):
-    path = item.path.relative_to(item.config.rootpath)
-    return not DOORS.isdisjoint({*path.parts, path.stem.lstrip("_")})
+    path = item.path.resolve()
+    parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else path.parts[path.parts.index("jbn") :]
+    return not DOORS.isdisjoint({*parts, path.stem.lstrip("_")})
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--accelerator-path",
+        action="store_true",
+        help="run what jbn does on GPUs and TPUs on the CPU: every lax.platform_dependent takes its default",
+    )
+
+
+def _take_the_default(*operands, default=None, **per_platform):
+    """In place of ``lax.platform_dependent``."""
+    assert default is not None, "a choice by platform without a default cannot be forced"
+    return default(*operands)
 
 
 class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
 
-    def pytest_collection_modifyitems(self, items):
+    def pytest_collection_modifyitems(self, config, items):
         for item in items:
             if not _is_door(item):
                 # In front, so that a test's own filterwarnings are applied after it and win.
                 item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+        if config.getoption("--accelerator-path"):
+            apart = [item for item in items if item.get_closest_marker("cpu_path")]
+            config.hook.pytest_deselected(items=apart)
+            items[:] = [item for item in items if item not in set(apart)]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -50,3 +90,21 @@ class _House:
 
 def pytest_configure(config):
     config.pluginmanager.register(_House(), "jbn-house")
+    if config.getoption("--accelerator-path"):
+        jax.lax.platform_dependent = _take_the_default
+
+
+def pytest_sessionstart(session):
+    _, wrong = installed.source_of_jbn(ROOT)
+    if wrong:
+        raise pytest.UsageError(wrong)
+
+
+def pytest_report_header(config):
+    path = ", on the accelerators' path" if config.getoption("--accelerator-path") else ""
+    return f"jbn: {installed.source_of_jbn(ROOT)[0]}{path}"
+
+
+def pytest_unconfigure(config):
+    if _CACHE is not None:
+        shutil.rmtree(_CACHE, ignore_errors=True)
