@@ -1,6 +1,5 @@
 """Large groups: statistics by at most two all-reduces of the channels, as exact as those of the whole batch."""
 
-import os
 from functools import partial
 
 import jax
@@ -8,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.experimental import topologies
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import oracle, plain
-from support.counting import Hlo, compile_hlo
+from support import oracle, plain, tpu
+from support.counting import compile_hlo
 from support.eight import STATS, C, D, assert_close, loss_of, mask_spec, mesh, problem, split, whole
 
 import jbn._moments
-from jbn import BNParams, BNState, BNStats, bn_apply
+from jbn import BNState, BNStats, bn_apply
 
 STATED = jbn._moments._GATHERED
 
@@ -187,32 +184,10 @@ def test_two_all_reduces_of_the_channels_forward_and_one_backward_for_x(fn, redu
     assert all(max(c.sizes) <= 2 * C for c in hlo.collectives())
 
 
-def received(hlo, devices):
-    """Bytes that reach each chip, of 4 a number; an all-reduce is a reduce-scatter and an all-gather."""
-    total = 0.0
-    for c in hlo.collectives():
-        assert c.opcode.removesuffix("-start") in ("all-reduce", "all-gather")
-        passes = 2 if c.opcode.startswith("all-reduce") else 1
-        total += passes * 4 * max(c.sizes) * (devices - 1) / devices
-    return total
-
-
-@pytest.mark.parametrize("fn", [forward, forward_backward], ids=["forward", "backward"])
-def test_each_of_256_chips_receives_a_few_numbers_for_each_channel(fn, monkeypatch):
-    pytest.importorskip("libtpu")
-    monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16")
-    on = topologies.make_mesh(chips, (256,), ("data",))
-    channels = 512
-
-    def array(spec, *shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(on, spec))
-
-    run = jax.shard_map(fn, mesh=on, in_specs=(P(), P("data")), out_specs=(P("data"), STATS))
-    args = (BNParams(*[array(P(), channels)] * 2), array(P("data"), 256 * 8, channels))
-    hlo = Hlo(jax.jit(run).lower(*args).compile().as_text())
-    assert 0 < received(hlo, 256) <= {forward: 32, forward_backward: 48}[fn] * channels
+def test_each_of_256_chips_receives_a_few_numbers_for_each_channel():
+    received = tpu.compiled("received_by_each_of_256_chips")
+    assert 0 < received["forward"] <= 32
+    assert 0 < received["both"] <= 48
 
 
 def test_the_group_size_is_stated_where_users_read_of_it():
