@@ -11,8 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # pytest does so itself, but only later
+sys.path.insert(0, str(Path(__file__).parent))  # pytest does so itself, but only later
 
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -35,6 +34,7 @@ pytest.register_assert_rewrite("support")
 
 from support import installed  # noqa: E402
 
+ROOT = installed.ROOT
 installed.hide_checkout(ROOT)
 
 # The opt-out, in one place: folders and modules whose code runs other libraries, which promote dtypes and

@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "run python -m pip install . (or python -m pip install -e . to work on it)"
 
 
