@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.closeness import CHAIN, assert_close
 from support.saved_runs import two_classes
 
 import jbn.cli.fit
@@ -48,23 +49,18 @@ def results(done):
     return done.params, done.state, done.loss, done.epochs
 
 
-def assert_close(got, want):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_any_number_of_devices_trains_as_one_does(data, accumulate):
     one = trained(data, 1, accumulate=accumulate)
     assert len(one.loss) == 4
     for devices in (2, 4, 8):
-        assert_close(results(trained(data, devices, accumulate=accumulate)), results(one))
+        assert_close(results(trained(data, devices, accumulate=accumulate)), results(one), roundings=CHAIN)
 
 
 def test_local_statistics_normalize_each_share_by_itself(data):
     synced, apart = trained(data, 8), trained(data, 8, sync_stats=False)
     assert np.abs(synced.loss - apart.loss).max() > 1e-3
-    assert_close(trained(data, 1, sync_stats=False).loss, synced.loss)
+    assert_close(trained(data, 1, sync_stats=False).loss, synced.loss, roundings=CHAIN)
 
 
 def test_large_batches_come_in_shorter_calls_and_train_alike(data, monkeypatch):
@@ -72,7 +68,7 @@ def test_large_batches_come_in_shorter_calls_and_train_alike(data, monkeypatch):
     monkeypatch.setattr(jbn.cli.fit, "_BYTES_A_CALL", 3 * 8 * 3 * 4)
     lengths, feed = [], jbn.cli.fit._feed
     monkeypatch.setattr(jbn.cli.fit, "_feed", lambda *given: lengths.append(len(given[1])) or feed(*given))
-    assert_close(results(trained(data, 2, batch_size=8)), results(whole))
+    assert_close(results(trained(data, 2, batch_size=8)), results(whole), roundings=CHAIN)
     assert lengths == [3, 3, 2] * 2
 
 

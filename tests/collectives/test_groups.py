@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from support.closeness import assert_close, assert_same_bits
 from support.counting import Hlo, compile_hlo
-from support.eight import D, N, assert_close, loss_of, mask_spec, mesh, problem, split
+from support.eight import D, N, loss_of, mask_spec, mesh, problem, split
 
 from jbn import BNState, BNStats, bn_apply
 
@@ -92,7 +93,7 @@ def test_values_gradients_and_statistics_are_those_of_each_group_alone(way, grou
     params, x, weights, mask = problem(mask=mask)
     groups = GROUPS[groups]
     got = WAYS[way](groups, params, x, weights, mask)
-    assert_close(got, each_alone(groups, params, x, weights, mask), 2e-6)
+    assert_close(got, each_alone(groups, params, x, weights, mask))
 
 
 def test_a_nan_stays_in_its_group():
@@ -110,7 +111,7 @@ def test_blocks_on_devices_merge_their_statistics_within_the_group():
     # Of each block three values count, of the first none; a gradient through one value alone is 300-fold rounding.
     mask = jnp.asarray((np.arange(N) % 4 < 3) & (np.arange(N) >= 4))[:, None]
     got = in_shard_map(GROUPS["unequal"], params, x, weights, mask, ghost_size=4)
-    assert_close(got, each_alone(GROUPS["unequal"], params, x, weights, mask, ghost_size=4), 2e-6)
+    assert_close(got, each_alone(GROUPS["unequal"], params, x, weights, mask, ghost_size=4))
 
 
 def test_renormalization_is_by_the_statistics_of_the_group():
@@ -125,7 +126,7 @@ def test_renormalization_is_by_the_statistics_of_the_group():
     y = jax.jit(jax.vmap(member, axis_name="data"))(split(x)).reshape(x.shape)
     for group in groups:
         alone, _ = bn_apply(params, state, x[rows_of(group)], train=True, renorm=(1.2, 0.1))
-        assert_close(y[rows_of(group)], alone, 2e-6)
+        assert_close(y[rows_of(group)], alone)
 
 
 def test_one_value_a_device_is_enough_within_a_group():
@@ -143,7 +144,7 @@ def test_evaluation_ignores_groups():
     params, x, _, _ = problem()
     state = BNState(jnp.full(5, 0.3), jnp.full(5, 2.0), jnp.full(5, 7))
     got = bn_apply(params, state, x, train=False, axis_name="data", axis_index_groups=PAIRS)
-    assert_close(got, bn_apply(params, state, x, train=False), 0)
+    assert_same_bits(got, bn_apply(params, state, x, train=False))
 
 
 def test_an_axis_of_a_mesh_of_its_own_is_the_same_as_groups():
@@ -167,7 +168,7 @@ def test_an_axis_of_a_mesh_of_its_own_is_the_same_as_groups():
 
     gradients, (y, stats) = jax.jit(run)(params, x, weights, mask)
     of_each = jax.tree.map(lambda v: jnp.repeat(v, 2, 0), stats)  # replicated within a group: one row for each
-    assert_close((gradients, (y, of_each)), in_shard_map(PAIRS, params, x, weights, mask), 2e-6)
+    assert_close((gradients, (y, of_each)), in_shard_map(PAIRS, params, x, weights, mask))
 
 
 @pytest.mark.parametrize("map_over", ["shard_map", "pmap"])

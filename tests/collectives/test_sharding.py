@@ -9,8 +9,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.closeness import assert_close
 from support.counting import compile_hlo
-from support.eight import STATS, C, D, N, assert_close, mesh, problem, unsharded, whole
+from support.eight import STATS, C, D, N, mesh, problem, unsharded, whole
 
 from jbn import BNState, bn_apply, bn_init, bn_update_stats
 

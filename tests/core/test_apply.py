@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.closeness import assert_close, bits
+from support.problems import pose
 
 from jbn import BNParams, BNState, bn_apply, bn_init, bn_update_stats
 
@@ -33,20 +35,8 @@ def features(shape, axis):
     return tuple(shape[a] for a in oracle.feature_axes(axis, len(shape)))
 
 
-def case(shape, axis, dtype="float32", seed=0):
-    """x with a mean and spread of its own in each channel; parameters and state to match."""
-    rng = np.random.default_rng(seed)
-    size = features(shape, axis)
-    spread, offset = oracle.over(rng.uniform(0.5, 2, size), np.empty(shape), axis), rng.normal(size=size)
-    x = jnp.asarray(rng.normal(size=shape) * spread + oracle.over(offset, np.empty(shape), axis), dtype)
-    running = "float64" if dtype == "float64" else "float32"
-    params = BNParams(jnp.asarray(rng.uniform(0.5, 2, size), running), jnp.asarray(rng.normal(size=size), running))
-    state = BNState(
-        jnp.asarray(rng.normal(size=size), running),
-        jnp.asarray(rng.uniform(0.5, 2, size), running),
-        jnp.full(size, 3, jnp.int32),
-    )
-    return params, state, x
+def case(shape, axis, dtype="float32"):
+    return pose(shape, axis, dtype=dtype)[:3]
 
 
 def wide(dtype):
@@ -62,8 +52,8 @@ def test_training_normalizes_by_the_moments_of_the_batch(shape, axis, dtype):
     assert (stats.mean.dtype, stats.var.dtype, stats.count.dtype) == (wide(dtype), wide(dtype), "float32")
     expected = oracle.moments(x, axis)
     for got, want in zip(stats, expected, strict=True):
-        oracle.assert_close(got, want)
-    oracle.assert_close(y, oracle.batch_norm(x, *params, axis=axis))
+        assert_close(got, want)
+    assert_close(y, oracle.batch_norm(x, *params, axis=axis))
 
 
 @layouts
@@ -72,12 +62,12 @@ def test_evaluation_normalizes_by_the_state_and_observes_nothing(shape, axis, dt
     params, state, x = case(shape, axis, dtype)
     y, stats = bn_apply(params, state, x, train=False, axis=axis)
     assert (y.dtype, y.shape) == (x.dtype, x.shape)
-    oracle.assert_close(y, oracle.normalize(x, *params, state.mean, state.var, axis=axis))
-    assert oracle.bits(stats.mean) == oracle.bits(state.mean)
-    assert oracle.bits(stats.var) == oracle.bits(state.var)
-    assert oracle.bits(stats.count) == oracle.bits(np.zeros(features(shape, axis), np.float32))
+    assert_close(y, oracle.normalize(x, *params, state.mean, state.var, axis=axis))
+    assert bits(stats.mean) == bits(state.mean)
+    assert bits(stats.var) == bits(state.var)
+    assert bits(stats.count) == bits(np.zeros(features(shape, axis), np.float32))
     after = bn_update_stats(state, stats)
-    assert [oracle.bits(leaf) for leaf in after] == [oracle.bits(leaf) for leaf in state]
+    assert [bits(leaf) for leaf in after] == [bits(leaf) for leaf in state]
 
 
 @both_modes
@@ -87,7 +77,7 @@ def test_gamma_and_beta_left_out_are_one_and_zero(use_gamma, use_beta, train):
     params = BNParams(given.gamma if use_gamma else None, given.beta if use_beta else None)
     y, _ = bn_apply(params, state, x, train=train)
     mean, var = oracle.moments(x)[:2] if train else state[:2]
-    oracle.assert_close(y, oracle.normalize(x, *params, mean, var))
+    assert_close(y, oracle.normalize(x, *params, mean, var))
 
 
 @both_modes
@@ -100,7 +90,7 @@ def test_any_float_parameters_meet_any_float_input_and_its_dtype_comes_back(x_dt
     y, stats = bn_apply(params, state, x, train=train)
     assert (y.dtype, stats.mean.dtype, stats.var.dtype) == (x_dtype, wide(x_dtype), wide(x_dtype))
     mean, var = oracle.moments(x)[:2] if train else state[:2]
-    oracle.assert_close(y, oracle.normalize(x, *params, mean, var))
+    assert_close(y, oracle.normalize(x, *params, mean, var))
 
 
 MASK_SHAPES = [tuple(sizes) for sizes in itertools.product((1, 4), (1, 3), (1, 2), (1, 5))]
@@ -112,8 +102,8 @@ def test_a_mask_selects_what_moves_the_statistics(mask_shape):
     mask = np.random.default_rng(1).uniform(size=mask_shape) < 0.6
     y, stats = bn_apply(params, state, x, train=True, mask=jnp.asarray(mask))
     for got, want in zip(stats, oracle.moments(x, -1, mask), strict=True):
-        oracle.assert_close(got, want)
-    oracle.assert_close(y, oracle.batch_norm(x, *params, mask=mask))
+        assert_close(got, want)
+    assert_close(y, oracle.batch_norm(x, *params, mask=mask))
 
 
 @layouts
@@ -122,8 +112,8 @@ def test_a_full_mask_works_in_every_layout(shape, axis):
     mask = np.random.default_rng(1).uniform(size=shape) < 0.7
     y, stats = bn_apply(params, state, x, train=True, axis=axis, mask=jnp.asarray(mask))
     for got, want in zip(stats, oracle.moments(x, axis, mask), strict=True):
-        oracle.assert_close(got, want)
-    oracle.assert_close(y, oracle.batch_norm(x, *params, axis=axis, mask=mask))
+        assert_close(got, want)
+    assert_close(y, oracle.batch_norm(x, *params, axis=axis, mask=mask))
 
 
 @both_modes
@@ -131,9 +121,9 @@ def test_a_mask_of_ones_is_no_mask(train):
     params, state, x = case((6, 5), -1)
     y, stats = bn_apply(params, state, x, train=train, mask=jnp.ones((1, 1), bool))
     plain, plain_stats = bn_apply(params, state, x, train=train)
-    oracle.assert_close(y, plain)
+    assert_close(y, plain)
     for got, want in zip(stats, plain_stats, strict=True):
-        oracle.assert_close(got, want)
+        assert_close(got, want)
 
 
 @both_modes
@@ -142,9 +132,9 @@ def test_eps_is_added_to_the_variance_and_may_be_traced(eps, train):
     params, state, x = case((6, 5), -1)
     mean, var = oracle.moments(x)[:2] if train else state[:2]
     expected = oracle.normalize(x, *params, mean, var, eps)
-    oracle.assert_close(bn_apply(params, state, x, train=train, eps=eps)[0], expected)
+    assert_close(bn_apply(params, state, x, train=train, eps=eps)[0], expected)
     traced = jax.jit(lambda e: bn_apply(params, state, x, train=train, eps=e)[0])(eps)
-    oracle.assert_close(traced, expected)
+    assert_close(traced, expected)
 
 
 @pytest.mark.parametrize("axes", [(1, 2), (2, 1), (-1, 1), [1, 2], (-2, -1)], ids=str)
@@ -152,13 +142,13 @@ def test_feature_axes_are_a_set_and_features_ascend(axes):
     params, state, x = case((6, 3, 5), (1, 2))
     y, stats = bn_apply(params, state, x, train=True, axis=axes)
     assert stats.mean.shape == (3, 5)
-    oracle.assert_close(y, oracle.batch_norm(x, *params, axis=(1, 2)))
+    assert_close(y, oracle.batch_norm(x, *params, axis=(1, 2)))
 
 
 def test_training_needs_no_state():
     params, state, x = case((6, 5), -1)
     with_state, without = (bn_apply(params, s, x, train=True) for s in (state, None))
-    assert list(map(oracle.bits, jax.tree.leaves(with_state))) == list(map(oracle.bits, jax.tree.leaves(without)))
+    assert list(map(bits, jax.tree.leaves(with_state))) == list(map(bits, jax.tree.leaves(without)))
 
 
 @both_modes
@@ -169,7 +159,7 @@ def test_lists_and_numpy_arrays_are_arrays(convert, train):
     y, stats = bn_apply(params, state, convert(x), train=train, mask=convert(mask))
     assert y.dtype == WIDEST
     mean, var = oracle.moments(x, mask=mask)[:2] if train else state[:2]
-    oracle.assert_close(y, oracle.normalize(x, *params, mean, var), compute=np.float32)
+    assert_close(y, oracle.normalize(x, *params, mean, var), computed_in=np.float32)
     assert all(isinstance(leaf, jax.Array) for leaf in (y, *stats))
 
 
@@ -178,7 +168,7 @@ def test_state_and_parameters_may_be_numpy():
     host = jax.tree.map(np.asarray, (params, state))
     for train in (True, False):
         y, stats = bn_apply(*host, x, train=train)
-        assert oracle.bits(y) == oracle.bits(bn_apply(params, state, x, train=train)[0])
+        assert bits(y) == bits(bn_apply(params, state, x, train=train)[0])
     assert isinstance(bn_update_stats(host[1], stats), BNState)
 
 
@@ -214,7 +204,7 @@ def test_a_channel_that_is_masked_out_alone_sees_nothing_alone():
     mask = jnp.array([[True, True, False, True, True]])
     _, stats = bn_apply(params, state, x, train=True, mask=mask)
     for got, want in zip(stats, oracle.moments(x, mask=mask), strict=True):
-        oracle.assert_close(got, want)
+        assert_close(got, want)
     assert (stats.mean[2], stats.var[2], stats.count[2]) == (0, 0, 0)
 
 
@@ -247,7 +237,7 @@ def test_a_masked_value_that_is_not_finite_gives_beta_and_moves_nothing(dtype, t
             jax.tree.leaves((value, stats, grads)),
             strict=True,
         ):
-            assert oracle.bits(got) == oracle.bits(want)
+            assert bits(got) == bits(want)
 
 
 @both_modes
@@ -265,7 +255,7 @@ def test_a_masked_value_whose_normalized_value_overflows_gives_beta_and_moves_no
     (_, y), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, spoiled)
     (_, _), want = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, jnp.where(keep, x, 0))
     np.testing.assert_array_equal(y[2], params.beta)
-    assert list(map(oracle.bits, jax.tree.leaves(grads))) == list(map(oracle.bits, jax.tree.leaves(want)))
+    assert list(map(bits, jax.tree.leaves(grads))) == list(map(bits, jax.tree.leaves(want)))
 
 
 def test_finite_masked_outputs_are_normalized_like_the_others_and_so_are_their_gradients():
@@ -279,7 +269,7 @@ def test_finite_masked_outputs_are_normalized_like_the_others_and_so_are_their_g
     (gamma, beta), dx, eps = jax.grad(loss, (0, 1, 2))(params, x, 1e-2)
     want = oracle.gradients(x, g, params.gamma, 1e-2, mask=mask)
     for got, expected in zip((dx, gamma, beta, eps), want, strict=True):
-        oracle.assert_close(got, expected, ulps=64, compute=np.float32)
+        assert_close(got, expected, roundings=64, computed_in=np.float32)
 
 
 @pytest.mark.parametrize("layout", ["NC", "NHWC", "NCHW", "first and last axis"])
@@ -298,7 +288,7 @@ def test_gradients_flow_through_y_and_through_the_statistics(layout):
     (gamma, beta), dx, eps = jax.grad(loss, (0, 1, 2))(params, x, 1e-2)
     want = oracle.gradients(x, g, params.gamma, 1e-2, axis, g_mean=g_mean, g_var=g_var)
     for got, expected in zip((dx, gamma, beta, eps), want, strict=True):
-        oracle.assert_close(got, expected, ulps=64, compute=np.float32)
+        assert_close(got, expected, roundings=64, computed_in=np.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -310,7 +300,7 @@ def test_gradients_come_back_in_the_dtype_of_what_they_belong_to(dtype):
     assert (grads.gamma.dtype, grads.beta.dtype, dx.dtype) == ("bfloat16", wide(dtype), dtype)
     want = oracle.gradients(x, g, params.gamma)
     for got, expected in zip((dx, grads.gamma, grads.beta), (want.x, want.gamma, want.beta), strict=True):
-        oracle.assert_close(got, expected, ulps=64)
+        assert_close(got, expected, roundings=64)
 
 
 @both_modes
@@ -327,7 +317,7 @@ def test_gradients_reach_the_running_statistics_in_evaluation_only(train):
     gamma = oracle.float64(params.gamma)
     want = ((3 * y**2 * -gamma * r).sum(0), (3 * y**2 * gamma * centred * -0.5 * r**3).sum(0))
     for got, expected in zip(grads, want, strict=True):
-        oracle.assert_close(got, 0 * expected if train else expected, ulps=64)
+        assert_close(got, 0 * expected if train else expected, roundings=64)
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
@@ -339,9 +329,9 @@ def test_a_bad_channel_is_bad_alone(bad, masked):
     others = np.array([0, 1, 3, 4])
     assert not np.isfinite(stats.mean[2])
     assert not np.isfinite(stats.var[2])
-    oracle.assert_close(y[:, others], oracle.batch_norm(x, *params, mask=mask)[:, others])
+    assert_close(y[:, others], oracle.batch_norm(x, *params, mask=mask)[:, others])
     for got, want in zip(stats, oracle.moments(x, mask=mask), strict=True):
-        oracle.assert_close(got[others], want[others])
+        assert_close(got[others], want[others])
 
 
 def test_count_is_the_number_of_values_seen_in_each_channel():
@@ -358,15 +348,15 @@ def test_evaluation_takes_one_value_per_channel_and_any_axis_name():
     params, state, x = case((6, 5), -1)
     y, _ = bn_apply(params, state, x, train=False)
     alone, _ = bn_apply(params, state, x[:1], train=False, axis_name="nobody binds this")
-    oracle.assert_close(alone, np.asarray(y)[:1])
+    assert_close(alone, np.asarray(y)[:1])
     y, _ = bn_apply(params, state, x[0], train=False, axis=0)
-    oracle.assert_close(y, np.asarray(alone)[0])
+    assert_close(y, np.asarray(alone)[0])
 
 
 def test_one_value_left_by_a_mask_is_no_error_and_gives_beta():
     params, state, x = case((6, 5), -1)
     y, stats = bn_apply(params, state, x, train=True, mask=jnp.arange(6)[:, None] == 3)
-    oracle.assert_close(stats.mean, np.asarray(x)[3])
+    assert_close(stats.mean, np.asarray(x)[3])
     np.testing.assert_array_equal(stats.var, 0)
     np.testing.assert_array_equal(y[3], params.beta)
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from support import oracle
-from support.eight import assert_close
+from support.closeness import assert_close, assert_same_bits
 
 from jbn import BNParams, BNState, bn_apply, bn_init, bn_labels, bn_merge_stats, bn_update_stats
 from jbn.networks import mlp
@@ -40,9 +40,9 @@ def test_frozen_batch_norm_is_an_affine_map_that_nothing_moves():
 
     y, d_x, new = frozen(params, state, x)
     scale = oracle.float64(params.gamma) / np.sqrt(oracle.float64(state.var) + 1e-5)
-    oracle.assert_close(y, (oracle.float64(x) - oracle.float64(state.mean)) * scale + oracle.float64(params.beta))
-    oracle.assert_close(d_x, oracle.float64(weights) * scale)
-    assert_close(new, state, 0)
+    assert_close(y, (oracle.float64(x) - oracle.float64(state.mean)) * scale + oracle.float64(params.beta))
+    assert_close(d_x, oracle.float64(weights) * scale)
+    assert_same_bits(new, state)
 
 
 def test_gamma_and_beta_are_frozen_by_their_label():
@@ -57,7 +57,7 @@ def test_gamma_and_beta_are_frozen_by_their_label():
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     new = optax.apply_updates(params, updates)
     assert (np.asarray(grads[0]["bn"].gamma) != 0).any()
-    assert_close(new[0]["bn"], params[0]["bn"], 0)
+    assert_same_bits(new[0]["bn"], params[0]["bn"])
     assert_close(new[1]["W"], params[1]["W"] - 0.1 * grads[1]["W"])
 
 
@@ -91,9 +91,9 @@ def test_conditional_batch_norm_takes_gamma_and_beta_of_each_examples_class(appl
 
     (d_gamma, d_beta, d_x), (y, stats) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(gamma, beta, x)
     of_each = [np.expand_dims(oracle.float64(v)[label], tuple(range(1, x.ndim - 1))) for v in (gamma, beta)]
-    oracle.assert_close(y, oracle.batch_norm(x) * of_each[0] + of_each[1], ulps=32)
+    assert_close(y, oracle.batch_norm(x) * of_each[0] + of_each[1], roundings=32)
     g = oracle.float64(weights)
-    oracle.assert_close(d_x, oracle.gradients(x, g * of_each[0]).x, ulps=64)
+    assert_close(d_x, oracle.gradients(x, g * of_each[0]).x, roundings=64)
     for k in range(K):
         mine = np.asarray(label) == k
         np.testing.assert_allclose(d_gamma[k], (g * oracle.batch_norm(x))[mine].reshape(-1, C).sum(0), atol=2e-5)
@@ -125,7 +125,7 @@ def test_each_domain_has_running_statistics_of_its_own():
     x = array(N, C)
     got = jax.vmap(lambda s: bn_apply(params, s, x, train=False)[0])(states)
     for k in range(K):
-        oracle.assert_close(got[k], oracle.normalize(x, *params, *map(oracle.float64, alone[k][:2])))
+        assert_close(got[k], oracle.normalize(x, *params, *map(oracle.float64, alone[k][:2])))
 
 
 # Two forward passes in one step
@@ -142,8 +142,8 @@ def test_two_batches_seen_by_one_network_are_one_update_with_all_of_both():
         return y_real, y_fake, bn_update_stats(state, bn_merge_stats(of_real, of_fake))
 
     y_real, y_fake, new = step(state, real, fake)
-    oracle.assert_close(y_real, oracle.batch_norm(real, *params))
-    oracle.assert_close(y_fake, oracle.batch_norm(fake, *params))
+    assert_close(y_real, oracle.batch_norm(real, *params))
+    assert_close(y_fake, oracle.batch_norm(fake, *params))
     both = np.concatenate([oracle.float64(real), oracle.float64(fake)])
     w = oracle.weight(8, 0.9)
     np.testing.assert_allclose(new.mean, (1 - w) * oracle.float64(state.mean) + w * both.mean(0), rtol=1e-5)
@@ -223,7 +223,7 @@ def test_an_ensemble_is_a_vmap_and_each_member_is_as_if_alone():
     alone = jax.jit(step)
     for i in range(K):
         got = jax.tree.map(lambda v: v[i], (new, new_states))  # noqa: B023
-        assert_close(got, alone(*network.init(keys[i])), 1e-5)
+        assert_close(got, alone(*network.init(keys[i])), roundings=128)
     x = array(5, 3, seed=7)
     outputs, _ = jax.vmap(partial(network.apply, train=False), (0, 0, None))(new, new_states, x)
     assert outputs.shape == (K, 5, 2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from support import oracle
+from support.closeness import assert_close
 
 from jbn import BNParams, BNState, bn_affine, bn_apply, bn_fold
 
@@ -50,13 +51,6 @@ def normal(*shape, seed=1, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def assert_near(got, want, tolerance=1e-5):
-    """To ``tolerance``, relative to the largest value."""
-    want = oracle.float64(want)
-    assert got.shape == want.shape
-    assert np.max(np.abs(oracle.float64(got) - want)) <= tolerance * np.max(np.abs(want))
-
-
 def plain_affine(params, state, eps):
     """(scale, shift) in float64, by the formula at 1 and at 0."""
     gamma, beta = (None if v is None else oracle.float64(v) for v in params)
@@ -75,7 +69,7 @@ def test_the_affine_map_is_the_formula_of_inference(gamma, beta, members):
     params, state = layer(*members, gamma=gamma, beta=beta)
     for got, want in zip(bn_affine(params, state, eps=EPS), plain_affine(params, state, EPS), strict=True):
         assert got.dtype == jnp.float32
-        oracle.assert_close(got, want)
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -84,7 +78,7 @@ def test_the_affine_map_is_float32_for_narrow_params(dtype):
     narrow = jax.tree.map(lambda v: v.astype(dtype), params)
     for got, want in zip(bn_affine(narrow, state), plain_affine(narrow, state, 1e-5), strict=True):
         assert got.dtype == jnp.float32
-        oracle.assert_close(got, want)
+        assert_close(got, want)
 
 
 def test_with_64_bits_nothing_is_rounded_to_32():
@@ -96,10 +90,10 @@ def test_with_64_bits_nothing_is_rounded_to_32():
         scale, shift = plain_affine(params, state, 1e-5)
         for got, want in zip(bn_affine(params, state), (scale, shift), strict=True):
             assert got.dtype == jnp.float64
-            oracle.assert_close(got, want)
+            assert_close(got, want)
         for got, want in zip(bn_fold(params, state, kernel), (oracle.float64(kernel) * scale, shift), strict=True):
             assert got.dtype == jnp.float64
-            oracle.assert_close(got, want)
+            assert_close(got, want)
         narrow, _ = bn_fold(params, state, kernel.astype(jnp.float32))
         assert narrow.dtype == jnp.float32
 
@@ -116,7 +110,8 @@ def test_a_folded_layer_gives_the_outputs_of_the_layer_and_its_norm(name):
         want = oracle.normalize(y + given, *params, *state[:2], EPS, axis)
         W, b = bn_fold(params, state, kernel, bias, eps=EPS, kernel_axis=kernel_axis)
         assert (W.shape, b.shape) == (kernel.shape, (C,))
-        assert_near(oracle.float64(forward(x, W)) + oracle.over(b, y, axis), want)
+        total = oracle.float64(forward(x, W)) + oracle.over(b, y, axis)
+        assert_close(total, oracle.float64(want), roundings=64, computed_in=np.float32)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -126,8 +121,8 @@ def test_a_narrow_kernel_is_folded_in_float32_and_rounded_once(dtype):
     scale, shift = plain_affine(params, state, 1e-5)
     W, b = bn_fold(params, state, kernel, bias)
     assert W.dtype == b.dtype == dtype
-    oracle.assert_close(W, oracle.float64(kernel) * scale, compute=jnp.float32)
-    oracle.assert_close(b, oracle.float64(bias) * scale + shift, compute=jnp.float32)
+    assert_close(W, oracle.float64(kernel) * scale, computed_in=jnp.float32)
+    assert_close(b, oracle.float64(bias) * scale + shift, computed_in=jnp.float32)
 
 
 def plain_fold(params, state, kernel, bias, eps):
@@ -151,7 +146,7 @@ def test_folding_works_under_jit_with_eps_traced_and_under_grad():
         ),
         strict=True,
     ):
-        assert_near(got, want)
+        assert_close(got, want, roundings=64)
 
 
 def test_a_stack_of_layers_is_folded_by_vmap():
@@ -160,11 +155,11 @@ def test_a_stack_of_layers_is_folded_by_vmap():
     for i in range(3):
         alone = bn_fold(*jax.tree.map(lambda leaf: leaf[i], (params, state, kernel, bias)))  # noqa: B023
         for got, want in zip(stacked, alone, strict=True):
-            oracle.assert_close(got[i], want)
+            assert_close(got[i], want)
 
 
 def test_the_affine_map_is_what_evaluation_computes():
     params, state = layer()
     x = normal(7, C)
     scale, shift = bn_affine(params, state)
-    assert_near(x * scale[None] + shift[None], bn_apply(params, state, x, train=False)[0])
+    assert_close(x * scale[None] + shift[None], bn_apply(params, state, x, train=False)[0])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
+from support.closeness import bits
 from support.counting import compilations
 
 from jbn import (
@@ -84,7 +85,7 @@ def test_one_batch_gives_what_an_update_with_momentum_0_gives():
     _, stats = observe(PARAMS, START, jnp.asarray(data(40)))
     got = bn_calibrate(handed, PARAMS, START, [stats])
     want = bn_update_stats(START, stats, momentum=0.0)
-    assert jax.tree.map(oracle.bits, got) == jax.tree.map(oracle.bits, want)
+    assert jax.tree.map(bits, got) == jax.tree.map(bits, want)
 
 
 def test_counts_go_on_where_those_of_float32_stand_still():
@@ -128,7 +129,7 @@ def test_statistics_that_are_not_finite_or_of_nothing_are_skipped(bad):
     good = [seen(1, 2, 4), seen(3, 1, 2)]
     got = bn_calibrate(handed, PARAMS, START, [seen(*bad), good[0], seen(*bad), good[1], seen(*bad)])
     want = bn_calibrate(handed, PARAMS, START, good)
-    assert jax.tree.map(oracle.bits, got) == jax.tree.map(oracle.bits, want)
+    assert jax.tree.map(bits, got) == jax.tree.map(bits, want)
 
 
 def test_masks_are_pooled_by_what_they_show_and_empty_ones_do_nothing():
@@ -164,10 +165,10 @@ def test_what_overflows_float32_when_pooled_keeps_its_old_values():
 )
 def test_without_a_usable_batch_it_is_an_error_that_loses_nothing(batches):
     old = BNState(jnp.full(C, 2.0), jnp.full(C, 3.0), jnp.full(C, 4, jnp.int32))
-    before = jax.tree.map(oracle.bits, old)
+    before = jax.tree.map(bits, old)
     with pytest.raises(ValueError, match=r"^batches: got "):
         bn_calibrate(measured, PARAMS, old, batches)
-    assert jax.tree.map(oracle.bits, old) == before
+    assert jax.tree.map(bits, old) == before
 
 
 def test_evaluation_mode_is_an_error_that_says_so():

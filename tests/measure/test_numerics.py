@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.closeness import assert_close, bits, eps_of, relative_error
 
 from jbn import BNParams, BNState, bn_apply, bn_init
 
@@ -70,9 +71,9 @@ def test_variance_is_exact_at_any_offset(shape, axis, kind):
             x = (draw(kind, shape) + sign * ratio).astype(np.float32)
             want = oracle.moments(x, axis)
             _, stats = run(x)
-            assert oracle.relative_error(stats.var, want.var) < VAR_BOUND, (ratio, sign)
+            assert relative_error(stats.var, want.var) < VAR_BOUND, (ratio, sign)
             distance = np.abs(oracle.float64(stats.mean) - want.mean) / (np.abs(want.mean) + np.sqrt(want.var))
-            assert distance.max() < 16 * oracle.eps_of(np.float32), (ratio, sign)
+            assert distance.max() < 16 * eps_of(np.float32), (ratio, sign)
 
 
 @shapes
@@ -89,7 +90,7 @@ def test_each_channel_is_exact_beside_channels_of_other_offsets_and_spreads():
     scale = 10.0 ** np.arange(-6, 7)
     x = (scale * (rng.normal(size=(500, 13)) + rng.choice(RATIOS, size=13))).astype(np.float32)
     _, stats = measured()(x)
-    assert oracle.relative_error(stats.var, oracle.moments(x).var) < VAR_BOUND
+    assert relative_error(stats.var, oracle.moments(x).var) < VAR_BOUND
 
 
 def test_masked_variance_is_exact_at_any_offset():
@@ -99,7 +100,7 @@ def test_masked_variance_is_exact_at_any_offset():
     for ratio in RATIOS:
         x = np.where(mask, draw("normal", shape) + ratio, 7e3).astype(np.float32)
         _, stats = run(x, jnp.asarray(mask))
-        assert oracle.relative_error(stats.var, oracle.moments(x, mask=mask).var) < VAR_BOUND, ratio
+        assert relative_error(stats.var, oracle.moments(x, mask=mask).var) < VAR_BOUND, ratio
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -115,7 +116,7 @@ def test_variance_is_exact_under_vmap():
     x = np.stack([(draw("normal", (256, 3), seed) + r).astype(np.float32) for seed, r in enumerate(RATIOS)])
     _, stats = jax.vmap(measured())(x)
     for got, batch in zip(stats.var, x, strict=True):
-        assert oracle.relative_error(got, oracle.moments(batch).var) < VAR_BOUND
+        assert relative_error(got, oracle.moments(batch).var) < VAR_BOUND
 
 
 @pytest.mark.skipif(not jax.config.jax_enable_x64, reason="float64 is off")
@@ -123,7 +124,7 @@ def test_variance_in_float64_is_exact_at_offsets_that_only_float64_resolves():
     rng = np.random.default_rng(0)
     noise = rng.integers(-(2**20), 2**20, size=(1000, 4)).astype(float)
     _, stats = bn_apply(BNParams(None, None), None, noise + 2.0**50, train=True)
-    assert oracle.relative_error(stats.var, oracle.moments(noise).var) < 1e-13
+    assert relative_error(stats.var, oracle.moments(noise).var) < 1e-13
 
 
 SIZES = {"8 rows": (8, 16), "1000 rows": (1000, 4), "1e5 rows": (100_000, 2)}
@@ -137,7 +138,7 @@ def test_variance_is_exact_at_tiny_scale(shape):
         for ratio in RATIOS:
             x = (np.sqrt(var) * (draw("two values", shape) + ratio)).astype(np.float32)
             want = oracle.moments(x).var
-            assert oracle.relative_error(run(x)[1].var, want) < VAR_BOUND, (var, ratio)
+            assert relative_error(run(x)[1].var, want) < VAR_BOUND, (var, ratio)
 
 
 @sizes
@@ -151,7 +152,7 @@ def test_variance_is_exact_up_to_the_largest_sum_of_squares(shape, kind):
         want = oracle.moments(x).var
         assert shape[0] * want.max() < 3e38
         y, stats = run(x)
-        assert oracle.relative_error(stats.var, want) < VAR_BOUND, ratio
+        assert relative_error(stats.var, want) < VAR_BOUND, ratio
         assert np.abs(oracle.float64(y) - oracle.batch_norm(x)).max() < 3e-5, ratio
 
 
@@ -183,7 +184,7 @@ def test_statistics_of_finite_values_are_never_nan_and_beyond_the_range_the_vari
     if want.var[0] * len(values) > FLOAT32_MAX:
         assert stats.var[0] == np.inf
     elif spread > 1e-16 and abs(want.mean[0]) < 1e4 * spread:
-        assert oracle.relative_error(stats.var, want.var) < VAR_BOUND
+        assert relative_error(stats.var, want.var) < VAR_BOUND
 
 
 @pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES.keys())
@@ -193,8 +194,8 @@ def test_an_extreme_channel_does_not_touch_its_neighbours(values):
     x[:, 1] = values
     y, stats = measured()(x)
     others = x[:, [0, 2]]
-    assert oracle.relative_error(stats.var[np.array([0, 2])], oracle.moments(others).var) < VAR_BOUND
-    oracle.assert_close(y[:, np.array([0, 2])], oracle.batch_norm(others), ulps=64)
+    assert relative_error(stats.var[np.array([0, 2])], oracle.moments(others).var) < VAR_BOUND
+    assert_close(y[:, np.array([0, 2])], oracle.batch_norm(others), roundings=64)
 
 
 CONSTANTS = [0.0, 1.0, 0.1, -1e-20, 3.3e-7, 1e4 + 0.1, -12345.678, 7.77e8, -1e12]
@@ -208,8 +209,8 @@ def test_a_constant_channel_has_a_variance_of_rounding_size_and_gives_beta(shape
         y, stats = run(x)
         value = float(x[0, 0])
         assert (np.asarray(stats.var) >= 0).all()
-        assert float(stats.var.max()) <= (4 * oracle.eps_of(np.float32) * value) ** 2, constant
-        assert oracle.relative_error(stats.mean, np.full(shape[1], value)) < 1e-6, constant
+        assert float(stats.var.max()) <= (4 * eps_of(np.float32) * value) ** 2, constant
+        assert relative_error(stats.mean, np.full(shape[1], value)) < 1e-6, constant
         if abs(constant) < 1e6:
             assert np.abs(np.asarray(y)).max() < 1e-2, constant
 
@@ -299,7 +300,7 @@ def test_evaluation_at_a_large_offset_subtracts_before_it_scales():
     mean, var, _ = oracle.moments(x)
     state = BNState(jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32), jnp.ones(4, jnp.int32))
     y, _ = bn_apply(BNParams(None, None), state, x, train=False)
-    oracle.assert_close(y, oracle.normalize(x, None, None, oracle.float64(state.mean), oracle.float64(state.var)))
+    assert_close(y, oracle.normalize(x, None, None, oracle.float64(state.mean), oracle.float64(state.var)))
 
 
 def integers(shape):
@@ -313,9 +314,9 @@ def test_shifting_the_batch_shifts_the_mean_and_nothing_else():
     y, stats = run(x)
     for shift in (1.0, -4096.0, 2.0**22):
         moved, moved_stats = run(x + np.float32(shift))
-        oracle.assert_close(moved, y, ulps=64)
-        oracle.assert_close(moved_stats.var, stats.var)
-        oracle.assert_close(moved_stats.mean, oracle.float64(stats.mean) + shift, ulps=4)
+        assert_close(moved, y, roundings=64)
+        assert_close(moved_stats.var, stats.var)
+        assert_close(moved_stats.mean, oracle.float64(stats.mean) + shift, roundings=4)
 
 
 def test_scaling_the_batch_by_a_power_of_two_and_eps_by_its_square_changes_no_bit_of_the_output():
@@ -325,8 +326,8 @@ def test_scaling_the_batch_by_a_power_of_two_and_eps_by_its_square_changes_no_bi
     y, stats = run(x, np.float32(2.0**-10))
     for factor in (2.0**-20, 0.5, 2.0**20):
         scaled, scaled_stats = run(x * np.float32(factor), np.float32(2.0**-10 * factor**2))
-        assert oracle.bits(scaled) == oracle.bits(y)
-        assert oracle.bits(scaled_stats.var) == oracle.bits(stats.var * np.float32(factor**2))
+        assert bits(scaled) == bits(y)
+        assert bits(scaled_stats.var) == bits(stats.var * np.float32(factor**2))
 
 
 def test_reflecting_the_batch_reflects_the_output_bit_for_bit():
@@ -339,7 +340,7 @@ def test_permuting_the_rows_permutes_the_output():
     x = integers((64, 4)) + 777
     order = np.random.default_rng(1).permutation(64)
     run = measured()
-    oracle.assert_close(run(x[order])[0], np.asarray(run(x)[0])[order])
+    assert_close(run(x[order])[0], np.asarray(run(x)[0])[order])
 
 
 def test_permuting_the_channels_permutes_everything_bit_for_bit():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.closeness import assert_close, bits
 
 from jbn import BNParams, BNStats, bn_apply, bn_merge_stats
 
@@ -31,10 +32,10 @@ def random_stats(size, seed=0, counts=(0, 1, 2, 17)):
     )
 
 
-def assert_moments(got, want, ulps=16):
+def assert_moments(got, want, roundings=16):
     assert isinstance(got, BNStats)
     for actual, desired in zip(got, want, strict=True):
-        oracle.assert_close(actual, desired, ulps=ulps)
+        assert_close(actual, desired, roundings=roundings)
 
 
 @pytest.mark.parametrize("cuts", [(20,), (1,), (1, 2, 3), (5, 5, 30), (0, 40)], ids=str)
@@ -52,7 +53,7 @@ def test_merging_what_bn_apply_returns_is_measuring_the_whole_batch():
 
 def test_one_argument_is_returned_as_it_is():
     stats = random_stats(50, counts=(1, 3, 8))
-    assert list(map(oracle.bits, bn_merge_stats(stats))) == list(map(oracle.bits, stats))
+    assert list(map(bits, bn_merge_stats(stats))) == list(map(bits, stats))
 
 
 def test_merging_is_associative():
@@ -71,12 +72,12 @@ def test_merging_is_commutative():
 def test_nothing_seen_is_the_neutral_element_bit_for_bit():
     a = random_stats(50, counts=(1, 3, 8))
     for merged in (bn_merge_stats(a, nothing(50)), bn_merge_stats(nothing(50), a, nothing(50))):
-        assert list(map(oracle.bits, merged)) == list(map(oracle.bits, a))
+        assert list(map(bits, merged)) == list(map(bits, a))
 
 
 def test_nothing_merged_with_nothing_is_nothing():
     merged = bn_merge_stats(nothing(3), nothing(3), nothing(3))
-    assert list(map(oracle.bits, merged)) == list(map(oracle.bits, nothing(3)))
+    assert list(map(bits, merged)) == list(map(bits, nothing(3)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -86,7 +87,7 @@ def test_what_an_empty_part_holds_does_not_matter(bad):
         BNStats(*jnp.full((2, 5), bad, jnp.float32), jnp.zeros(5, jnp.float32)),
     )
     merged = bn_merge_stats(empty, a)
-    assert list(map(oracle.bits, merged)) == list(map(oracle.bits, a))
+    assert list(map(bits, merged)) == list(map(bits, a))
 
 
 @pytest.mark.parametrize("field", ["mean", "var"])
@@ -96,7 +97,7 @@ def test_a_part_that_holds_nan_spoils_its_own_channel_alone(field):
     merged, clean = bn_merge_stats(a, spoiled), bn_merge_stats(a, b)
     assert not (np.isfinite(merged.mean[2]) and np.isfinite(merged.var[2]))
     for got, want in zip(merged, clean, strict=True):
-        assert oracle.bits(jnp.delete(got, 2)) == oracle.bits(jnp.delete(want, 2))
+        assert bits(jnp.delete(got, 2)) == bits(jnp.delete(want, 2))
 
 
 def test_counts_of_each_channel_stand_alone():
@@ -144,7 +145,7 @@ def test_a_stack_along_axis_zero_merges_like_its_parts(size):
     parts = [random_stats(size, seed) for seed in range(4)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     assert_moments(bn_merge_stats(stack, axis=0), oracle.merge(parts))
-    assert_moments(bn_merge_stats(stack, axis=0), bn_merge_stats(*parts), ulps=4)
+    assert_moments(bn_merge_stats(stack, axis=0), bn_merge_stats(*parts), roundings=4)
 
 
 def test_stacks_of_different_lengths_merge_with_each_other():
@@ -162,7 +163,7 @@ def test_another_axis_than_the_first_can_hold_the_stack():
 
 def test_an_empty_stack_is_nothing_seen():
     stack = nothing((0, 3))
-    assert list(map(oracle.bits, bn_merge_stats(stack, axis=0))) == list(map(oracle.bits, nothing(3)))
+    assert list(map(bits, bn_merge_stats(stack, axis=0))) == list(map(bits, nothing(3)))
 
 
 @pytest.mark.parametrize("size", [(4, 4), (4, 3), (2, 4, 4)], ids=str)
@@ -172,7 +173,7 @@ def test_stacked_layers_equal_their_vmap(size):
     merged = bn_merge_stats(a, b)
     assert merged.mean.shape == size
     mapped = jax.vmap(bn_merge_stats)(a, b)
-    assert list(map(oracle.bits, merged)) == list(map(oracle.bits, mapped))
+    assert list(map(bits, merged)) == list(map(bits, mapped))
     assert_moments(merged, oracle.merge((a, b)))
 
 
@@ -180,7 +181,7 @@ def test_stacks_of_stacked_layers_equal_their_vmap():
     stack = random_stats((4, 4, 4))
     merged = bn_merge_stats(stack, axis=0)
     mapped = jax.vmap(lambda s: bn_merge_stats(s, axis=0), in_axes=1)(stack)
-    assert_moments(merged, mapped, ulps=2)
+    assert_moments(merged, mapped, roundings=2)
     assert_moments(merged, oracle.merge([jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(4)]))
 
 
@@ -229,7 +230,7 @@ def test_gradients_through_a_merge_are_those_of_the_whole_batch():
         return jnp.vdot(merged.mean, g_mean) + jnp.vdot(merged.var, g_var)
 
     want = oracle.gradients(x, np.zeros_like(x), g_mean=g_mean, g_var=g_var)
-    oracle.assert_close(jax.jit(jax.grad(loss))(x), want.x, ulps=64)
+    assert_close(jax.jit(jax.grad(loss))(x), want.x, roundings=64)
 
 
 def test_gradients_through_a_merge_with_nothing_are_finite():
@@ -266,6 +267,6 @@ def test_numpy_leaves_and_jit_give_the_same():
     want = bn_merge_stats(a, b)
     host = bn_merge_stats(*jax.tree.map(np.asarray, (a, b)))
     compiled = jax.jit(bn_merge_stats)(a, b)
-    assert_moments(host, want, ulps=2)
-    assert_moments(compiled, want, ulps=2)
+    assert_moments(host, want, roundings=2)
+    assert_moments(compiled, want, roundings=2)
     assert all(isinstance(leaf, jax.Array) for leaf in host)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
+from support.closeness import assert_close, bits
 
 from jbn import BNState, bn_apply
 from jbn.networks import fold, mlp, resnet
@@ -64,11 +65,11 @@ def test_a_folded_network_gives_the_outputs_of_the_network_without_any_state(nam
 def test_a_network_is_folded_under_jit_and_leaves_its_params_alone():
     make, _ = NETWORKS["mlp, norm after the activation"]
     params, state = trained(make(), jax.random.key(0))
-    before = jax.tree.map(oracle.bits, params)
+    before = jax.tree.map(bits, params)
     compiled = jax.jit(lambda params, state: fold(make, params, state)[1])(params, state)
     _, folded = fold(make, params, state)
-    jax.tree.map(oracle.assert_close, compiled, folded)
-    assert jax.tree.map(oracle.bits, params) == before
+    assert_close(compiled, folded)
+    assert jax.tree.map(bits, params) == before
 
 
 def test_what_does_not_fit_is_refused_with_its_path():

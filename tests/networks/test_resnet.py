@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.closeness import CHAIN, assert_close, assert_same_bits
 from support.small_resnet import CLASSES, EPS, NORMS, SHAPE, N, by_name, in_float64, made, plain, small
-from support.training import assert_close
 
 from jbn import BNParams, BNState, BNStats, bn_apply, bn_labels, bn_update_stats, weight_decay_mask
 from jbn.networks import resnet
@@ -39,7 +39,7 @@ def test_outputs_stats_and_gradients_are_those_of_the_plain_formula(norm):
         np.testing.assert_allclose(node.mean, moments[name][0], rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(node.var, moments[name][1], rtol=1e-10)
         np.testing.assert_array_equal(node.count, N * (7 * 5 if name in ("stem", "0 conv1", "0 conv2") else 4 * 3))
-    assert_close(grads, want_grads, rtol=1e-5, atol=1e-6)  # float32, as the params are
+    assert_close(grads, want_grads, roundings=64)  # float32, as the params are
 
 
 def test_evaluation_uses_the_running_statistics_and_changes_none():
@@ -106,7 +106,7 @@ def test_W_is_the_same_for_the_same_key_whatever_the_norm_and_he_normal():
         return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
 
     for params, _ in others:
-        assert_close(kernels(params), kernels(first), rtol=0, atol=0)
+        assert_same_bits(kernels(params), kernels(first))
     for W, different in zip(kernels(first), kernels(another), strict=True):
         assert abs(float(W.std()) / np.sqrt(2 / np.prod(W.shape[:-1])) - 1) < 0.1
         assert abs(np.corrcoef(W.ravel(), different.ravel())[0, 1]) < 0.1
@@ -171,7 +171,9 @@ def test_remat_keeps_less_for_the_backward_pass_and_changes_no_value():
         kept.append(sum(leaf.size for leaf in jax.tree.leaves(vjp) if leaf.ndim == 4 and len(leaf) == N))
     assert kept[1] < 0.6 * kept[0]
     assert_close(
-        loss_and_grads(again, state, mask=mask)(params, x), loss_and_grads(network, state, mask=mask)(params, x)
+        loss_and_grads(again, state, mask=mask)(params, x),
+        loss_and_grads(network, state, mask=mask)(params, x),
+        roundings=CHAIN,
     )
     for net in (network, again):
         eager, _ = net.apply(params, state, x, train=False)
@@ -191,14 +193,14 @@ def test_a_mask_is_the_same_as_computing_on_the_selected_images(norm, train):
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     masked = run(params, dirty, np.flatnonzero(keep), jnp.asarray(keep)[:, None])
-    assert_close(masked, run(params, x[keep], np.arange(keep.sum()), None), atol=1e-4)
+    assert_close(masked, run(params, x[keep], np.arange(keep.sum()), None), roundings=1024)
 
 
 def test_an_empty_mask_moves_no_statistic_and_gives_finite_outputs():
     network, params, state, x = made()
     outputs, stats = network.apply(params, state, x * jnp.nan, train=True, mask=jnp.zeros((1, 1), bool))
     assert jnp.isfinite(outputs).all()
-    assert_close(bn_update_stats(state, stats), state, rtol=0, atol=0)
+    assert_same_bits(bn_update_stats(state, stats), state)
 
 
 @NORMS
@@ -241,7 +243,7 @@ def test_axis_name_synchronizes_the_statistics():
     want = network.apply(params, state, x, train=True)
     apply = partial(network.apply, params, state, train=True, axis_name="parts")
     outputs, stats = jax.jit(jax.vmap(apply, axis_name="parts", out_axes=(0, None)))(x.reshape(4, 2, *SHAPE))
-    assert_close((outputs.reshape(N, CLASSES), stats), want, atol=1e-4)
+    assert_close((outputs.reshape(N, CLASSES), stats), want, roundings=1024)
 
 
 def test_an_ensemble_is_a_vmap_of_init_and_apply():
@@ -255,7 +257,7 @@ def test_an_ensemble_is_a_vmap_of_init_and_apply():
     want, want_stats = network.apply(member, state, x, train=True)
     np.testing.assert_allclose(outputs[1], want, rtol=1e-3, atol=1e-4)
     own = jax.tree.map(lambda leaf: leaf[1], states)
-    assert_close(own, bn_update_stats(state, want_stats), rtol=1e-3, atol=1e-4)
+    assert_close(own, bn_update_stats(state, want_stats), roundings=2048)
 
 
 def test_optax_masks_and_labels_tell_the_parameters_apart():

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from support.problems import pose
 
-from jbn import BNParams, BNStats, bn_apply
+from jbn import BNStats, bn_apply
 
 D, N, C = 8, 32, 5
 STATS = BNStats(P(), P(), P())
@@ -18,10 +19,8 @@ def mesh(shape=(D,), names=("data",), kind=AxisType.Auto):
 
 def problem(dtype=jnp.float32, mask=None, offset=0.0):
     """(params, x, weights of the loss, mask), the whole batch."""
-    rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=(2, N, C))
-    params = BNParams(*(jnp.asarray(v, jnp.float32) for v in rng.normal(size=(2, C)) + 1))
-    return params, jnp.asarray(x + offset, dtype), jnp.asarray(weights, jnp.float32), MASKS[mask]
+    posed = pose((N, C), dtype=dtype, offset=offset)
+    return posed.params, posed.x, posed.weights, MASKS[mask]
 
 
 def _rows(per_shard):
@@ -50,15 +49,6 @@ def unsharded(params, x, weights, mask):
     """The whole batch on one device: (loss, (y, stats))."""
     y, stats = bn_apply(params, None, x, train=True, mask=mask)
     return sum(loss_of(y, stats, weights, mask)), (y, stats)
-
-
-def assert_close(got, expected, tolerance=1e-6):
-    got, expected = (jax.tree.leaves(tree) for tree in (got, expected))
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == b.shape
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max(initial=0)))
 
 
 def whole(params, x, weights, mask):

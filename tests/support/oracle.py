@@ -1,4 +1,4 @@
-"""The plain formula and its gradients in NumPy float64, and the one place that knows tolerances.
+"""The plain formula and its gradients in NumPy float64.
 
 Imports neither jax nor jbn, and shares no algebra with them: moments by two passes, gradients by the
 chain rule from y to μ and σ² to x, term by term.
@@ -6,7 +6,6 @@ chain rule from y to μ and σ² to x, term by term.
 
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 
@@ -101,40 +100,3 @@ def merge(parts):
 def weight(t, momentum, debias=True):
     """The share w of the batch at update t: the loop behind (1−d)/(1−dᵗ), which d = 1 does not break."""
     return 1 / sum(momentum**k for k in range(t)) if debias else 1 - momentum
-
-
-def eps_of(dtype):
-    return float(ml_dtypes.finfo(np.dtype(dtype)).eps)
-
-
-def assert_close(actual, desired, *, ulps=16, compute=None):
-    """``actual`` is ``desired``, computed in ``compute`` and rounded once to its own dtype.
-
-    ``compute`` is float32 for narrower dtypes unless told; errors in it are relative to the largest
-    entry, because entries are made of sums and differences of that size.
-    """
-    actual, desired = np.asarray(actual), float64(desired)
-    assert actual.shape == desired.shape
-    own = eps_of(actual.dtype)
-    computed = eps_of(compute) if compute is not None else min(own, eps_of(np.float32))
-    finite = np.isfinite(desired)
-    np.testing.assert_array_equal(np.isfinite(float64(actual)), finite)
-    np.testing.assert_array_equal(float64(actual)[~finite], desired[~finite])
-    largest = np.max(np.abs(desired[finite]), initial=0)
-    allowed = own * np.abs(desired[finite]) + ulps * computed * largest
-    error = np.abs(float64(actual)[finite] - desired[finite])
-    excess = np.max(error - allowed, initial=-np.inf)
-    assert excess <= 0, f"off by {np.max(error):.3g} where {np.max(allowed):.3g} is allowed"
-
-
-def relative_error(actual, desired):
-    """The worst channel's; 0/0 counts as 0."""
-    actual, desired = float64(actual), float64(desired)
-    error = np.abs(actual - desired)
-    return float(np.max(np.where(error == 0, 0, error / np.maximum(np.abs(desired), np.finfo(float).tiny))))
-
-
-def bits(tree):
-    """Comparable bit for bit, NaNs and signed zeros included."""
-    array = np.asarray(tree)
-    return array.dtype.name, array.shape, array.tobytes()

@@ -57,16 +57,6 @@ def setup(norm="z", optimizer="sgd", **options):
     return network, start(network, optimizer), step
 
 
-def assert_close(got, want, rtol=1e-4, atol=1e-5):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-
-def assert_identical(got, want):
-    assert_close(got, want, rtol=0, atol=0)
-
-
 def linear(params, bn_state, x, *, train):
     assert train
     return x @ params, None

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.closeness import CHAIN, assert_close, assert_same_bits
 from support.refusals import assert_refused, refusals
 from support.training import (
     OPTIMIZERS,
     SIZES,
-    assert_close,
-    assert_identical,
     batch,
     linear,
     mlp,
@@ -54,8 +53,8 @@ def test_a_step_of_sgd_is_that_of_the_plain_formulas_in_float64():
         },
         {"W": last["W"] - 0.05 * d_last_W, "b": last["b"] - 0.05 * d_last_b, "bn": None},
     ]
-    assert_close(new.params, want)
-    assert_close(new.bn_state, [BNState(mean, var * m / (m - 1), np.ones(6)), None])
+    assert_close(new.params, want, roundings=CHAIN)
+    assert_close(new.bn_state, [BNState(mean, var * m / (m - 1), np.ones(6)), None], roundings=CHAIN)
     np.testing.assert_allclose(metrics["loss"], np.mean((outputs - Y) ** 2), rtol=1e-5)
     assert not metrics["skipped"]
     assert new.step == 1
@@ -71,7 +70,7 @@ def test_every_optimizer_moves_W_b_gamma_beta_except_b_under_a_norm(norm, name):
         hidden = i < len(SIZES) - 2
         assert (before["W"] != after["W"]).any()
         if hidden and norm == "z":
-            assert_identical(after["b"], before["b"])
+            assert_same_bits(after["b"], before["b"])
         else:
             assert (before["b"] != after["b"]).any()
         if hidden and norm is not None:
@@ -99,7 +98,7 @@ def test_weight_decay_takes_from_W_alone():
     want, _ = plain_step(old._replace(opt_state=optax.adam(0.01).init(old.params)), batch())
     for before, after, plain in zip(old.params, new.params, want.params, strict=True):
         np.testing.assert_allclose(after["W"], plain["W"] - 0.01 * 0.5 * before["W"], rtol=1e-4, atol=1e-6)
-        assert_identical((after["b"], after["bn"]), (plain["b"], plain["bn"]))
+        assert_same_bits((after["b"], after["bn"]), (plain["b"], plain["bn"]))
 
 
 def test_batch_norm_can_have_a_learning_rate_of_its_own():
@@ -110,7 +109,7 @@ def test_batch_norm_can_have_a_learning_rate_of_its_own():
     grads = jax.grad(lambda p: squared_error(network.apply(p, old.bn_state, x, train=True)[0], y))(old.params)
     rates = jax.tree.map(lambda label: {"bn": 0.5, "other": 0.1}[label], bn_labels(old.params))
     want = jax.tree.map(lambda p, g, rate: p - rate * g, old.params, grads, rates)
-    assert_close(step(old, (x, y))[0].params, want)
+    assert_close(step(old, (x, y))[0].params, want, roundings=CHAIN)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +150,7 @@ def test_accumulation_without_a_norm_is_the_step_of_the_full_batch():
     _, old, step = setup(None, "adam")
     _, _, split_step = setup(None, "adam", accumulate=4)
     got, want = split_step(old, batch()), step(old, batch())
-    assert_close(got, want)
+    assert_close(got, want, roundings=CHAIN)
 
 
 @pytest.mark.parametrize("norm", ["z", "a"])
@@ -169,8 +168,8 @@ def test_accumulation_means_gradients_and_merges_statistics_of_consecutive_micro
     merged = bn_merge_stats(*(stats for (_, stats), _ in micro))
 
     new, metrics = step(old, (x, y))
-    assert_close(new.params, jax.tree.map(lambda p, g: p - 0.05 * g, old.params, mean_grads))
-    assert_close(new.bn_state, bn_update_stats(old.bn_state, merged, momentum=0.7))
+    assert_close(new.params, jax.tree.map(lambda p, g: p - 0.05 * g, old.params, mean_grads), roundings=CHAIN)
+    assert_close(new.bn_state, bn_update_stats(old.bn_state, merged, momentum=0.7), roundings=CHAIN)
     np.testing.assert_allclose(metrics["loss"], np.mean([v for (v, _), _ in micro]), rtol=1e-5)
     # The first layer sees the same values whatever the split: its statistics are those of the full batch.
     z = np.asarray(x, np.float64) @ np.asarray(old.params[0]["W"], np.float64) + np.asarray(old.params[0]["b"])
@@ -185,7 +184,7 @@ def test_momentum_is_that_of_the_running_statistics():
     new, _ = step(old, batch())
     x, y = batch(seed=1)
     _, stats = network.apply(new.params, new.bn_state, x, train=True)
-    assert_close(step(new, (x, y))[0].bn_state, bn_update_stats(new.bn_state, stats, momentum=0.0))
+    assert_close(step(new, (x, y))[0].bn_state, bn_update_stats(new.bn_state, stats, momentum=0.0), roundings=CHAIN)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -198,10 +197,10 @@ def test_a_step_on_a_bad_batch_changes_nothing_but_the_count_of_steps(accumulate
     assert metrics["skipped"]
     assert not np.isfinite(metrics["loss"])
     assert new.step == 2
-    assert_identical(new[:3], old[:3])
+    assert_same_bits(new[:3], old[:3])
     after, metrics = step(new, (x, y))
     assert not metrics["skipped"]
-    assert_identical(after._replace(step=2), step(old, (x, y))[0])
+    assert_same_bits(after._replace(step=2), step(old, (x, y))[0])
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is():
@@ -215,7 +214,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is():
     new, metrics = step(old, batch())
     assert metrics["loss"] == 0
     assert metrics["skipped"]
-    assert_identical(new[:3], old[:3])
+    assert_same_bits(new[:3], old[:3])
 
 
 def test_without_skip_nonfinite_the_bad_batch_reaches_the_parameters():
@@ -224,7 +223,7 @@ def test_without_skip_nonfinite_the_bad_batch_reaches_the_parameters():
     new, metrics = step(old, (x.at[5, 0].set(jnp.nan), y))
     assert not metrics["skipped"]
     assert np.isnan(new.params[0]["W"]).any()
-    assert_identical(new.bn_state[0], old.bn_state[0])  # batch norm looks after its own
+    assert_same_bits(new.bn_state[0], old.bn_state[0])  # batch norm looks after its own
 
 
 def test_a_network_that_computes_in_bfloat16_keeps_float32_for_all_that_is_carried():

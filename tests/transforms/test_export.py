@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from support.hostile import assert_equal, loss, problem, step
+from support.closeness import assert_close
+from support.hostile import loss, problem, step
 
 from jbn import BNParams, bn_apply, bn_init, bn_merge_stats, bn_update_stats
 
@@ -27,7 +28,7 @@ def test_a_step_survives_serialization(case, train):
     args = problem(case)
     fn = partial(step, train=train)
     got = round_trip(fn, *args).call(*args)
-    assert_equal(got, jax.jit(fn)(*args))
+    assert_close(got, jax.jit(fn)(*args))
     assert [type(node).__name__ for node in got[1:]] == ["BNStats", "BNState"]
 
 
@@ -35,7 +36,7 @@ def test_params_without_gamma_or_beta_survive_serialization():
     _, state, x, _ = problem()
     for params in (BNParams(None, None), bn_init(3, use_beta=False)[0], bn_init(3, use_gamma=False)[0]):
         fn = partial(bn_apply, train=False)
-        assert_equal(round_trip(fn, params, state, x).call(params, state, x), fn(params, state, x))
+        assert_close(round_trip(fn, params, state, x).call(params, state, x), fn(params, state, x))
 
 
 def test_a_training_step_over_a_network_survives_serialization():
@@ -52,7 +53,7 @@ def test_a_training_step_over_a_network_survives_serialization():
         return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), bn_update_stats(state, merged)
 
     args = {"a": params, "b": params}, {"a": state, "b": state}, x
-    assert_equal(round_trip(train_step, *args).call(*args), jax.jit(train_step)(*args))
+    assert_close(round_trip(train_step, *args).call(*args), jax.jit(train_step)(*args))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -61,7 +62,7 @@ def test_what_was_read_back_can_be_differentiated(train):
     fn = partial(loss, train=train)
     read = round_trip(fn, params, x, state, mask, vjp_order=1).call
     got, expected = (jax.jit(jax.grad(f, (0, 1)))(params, x, state, mask) for f in (read, fn))
-    assert_equal(got, expected, 1e-5)
+    assert_close(got, expected, roundings=128)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -74,7 +75,7 @@ def test_the_batch_size_may_stay_open(train):
     rng = np.random.default_rng(0)
     for size in (2, 7, 300):
         batch = jnp.asarray(rng.normal(size=(size, 3)), jnp.float32)
-        assert_equal(read.call(params, state, batch), jax.jit(fn)(params, state, batch))
+        assert_close(read.call(params, state, batch), jax.jit(fn)(params, state, batch))
 
 
 def test_an_open_batch_size_that_ghost_batches_may_not_divide_is_an_error():
@@ -96,7 +97,7 @@ def test_one_export_serves_all_platforms():
     platforms = ("cpu", "cuda", "tpu")
     read = round_trip(fn, params, state, x, platforms=platforms)
     assert read.platforms == platforms
-    assert_equal(read.call(params, state, x), jax.jit(fn)(params, state, x))
+    assert_close(read.call(params, state, x), jax.jit(fn)(params, state, x))
 
 
 READER = """

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.hostile import HOSTILE, assert_equal, loss, member, problem, stacked, step
+from support.closeness import assert_close
+from support.hostile import HOSTILE, loss, member, problem, stacked, step
 
 from jbn import BNParams, bn_apply, bn_update_stats
 
@@ -14,7 +15,7 @@ from jbn import BNParams, bn_apply, bn_update_stats
 @HOSTILE
 def test_jit_computes_what_the_eager_call_does(case, train):
     args = problem(case)
-    assert_equal(jax.jit(partial(step, train=train))(*args), step(*args, train=train))
+    assert_close(jax.jit(partial(step, train=train))(*args), step(*args, train=train))
 
 
 # What is batched, of (params, state, x, mask).
@@ -42,7 +43,7 @@ def test_vmap_equals_a_loop(which, train):
     args = [a if axis == 0 else first for a, axis, first in zip(many, axes, arguments(0), strict=True)]
     got = jax.jit(jax.vmap(partial(step, train=train), in_axes=axes))(*args)
     run = jax.jit(partial(step, train=train))
-    assert_equal(got, stacked([run(*arguments(i)) for i in range(4)]))
+    assert_close(got, stacked([run(*arguments(i)) for i in range(4)]))
 
 
 @HOSTILE
@@ -52,7 +53,7 @@ def test_nested_vmap_is_an_ensemble_of_ensembles(case, train):
     got = jax.jit(jax.vmap(jax.vmap(partial(step, train=train), axes), axes))(*args)
     run = jax.jit(partial(step, train=train))
     expected = stacked([stacked([run(*member(member(args, i), j)) for j in range(3)]) for i in range(2)])
-    assert_equal(got, expected)
+    assert_close(got, expected)
 
 
 def test_vmap_over_another_axis_than_the_first_and_over_options():
@@ -66,7 +67,7 @@ def test_vmap_over_another_axis_than_the_first_and_over_options():
         return y, bn_update_stats(state, stats, momentum=momentum)
 
     got = jax.vmap(one, in_axes=(2, 0, 0))(xs, eps, momentum)
-    assert_equal(got, stacked([one(xs[..., i], eps[i], momentum[i]) for i in range(2)]))
+    assert_close(got, stacked([one(xs[..., i], eps[i], momentum[i]) for i in range(2)]))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -76,7 +77,7 @@ def test_vmapped_gradients_equal_a_loop(train):
     gradient = jax.grad(partial(loss, train=train), (0, 1))
     got = jax.jit(jax.vmap(gradient))(params, x, state, mask)
     run = jax.jit(gradient)
-    assert_equal(got, stacked([run(*member((params, x, state, mask), i)) for i in range(4)]), 1e-5)
+    assert_close(got, stacked([run(*member((params, x, state, mask), i)) for i in range(4)]), roundings=128)
 
 
 def test_large_batches_of_which_one_needs_a_second_pass_equal_a_loop():
@@ -90,7 +91,7 @@ def test_large_batches_of_which_one_needs_a_second_pass_equal_a_loop():
         return stats, jax.grad(lambda p: loss(p, x, state, train=True) / x.size)(params)
 
     one = jax.jit(run)
-    assert_equal(jax.jit(jax.vmap(run))(x), stacked([one(x[0]), one(x[1])]), 1e-5)
+    assert_close(jax.jit(jax.vmap(run))(x), stacked([one(x[0]), one(x[1])]), roundings=128)
     exact = np.var(np.asarray(x, np.float64), axis=1)
     np.testing.assert_allclose(jax.jit(jax.vmap(run))(x)[0].var, exact, rtol=1e-5)
 
@@ -102,7 +103,7 @@ def test_per_example_gradients_of_an_unbatched_axis(train):
     y, vjp = jax.vjp(lambda p, x: bn_apply(p, state, x, train=train)[0], params, x)
     eye = jnp.eye(y.size, dtype=y.dtype).reshape(-1, *y.shape)
     one = jax.jit(vjp)
-    assert_equal(jax.jit(jax.vmap(vjp))(eye), stacked([one(row) for row in eye]), 1e-5)
+    assert_close(jax.jit(jax.vmap(vjp))(eye), stacked([one(row) for row in eye]), roundings=128)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -121,8 +122,8 @@ def test_forward_and_reverse_mode_agree_with_each_other_and_with_linearize(case,
         return (out, forward), (out_again, linear(*tangents)), sum(jnp.vdot(a, b) for a, b in pairs)
 
     jvp, linearized, contracted = all_ways(params, x)
-    assert_equal(linearized, jvp, 1e-5)
-    assert_equal(contracted, jvp[1], 1e-4 if case == "offset" else 1e-5)
+    assert_close(linearized, jvp, roundings=128)
+    assert_close(contracted, jvp[1], roundings=1024 if case == "offset" else 128)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -130,9 +131,9 @@ def test_jacobians_and_hessians_agree_in_all_modes(train):
     params, state, x, mask = problem("masked")
     fn = partial(loss, state=state, mask=mask, train=train)
     forward, reverse = (jax.jit(jac(fn, (0, 1)))(params, x) for jac in (jax.jacfwd, jax.jacrev))
-    assert_equal(forward, reverse, 1e-5)
+    assert_close(forward, reverse, roundings=128)
     hessian = jax.jit(jax.hessian(fn, (0, 1)))(params, x)
-    assert_equal(hessian, jax.jit(jax.jacrev(jax.jacrev(fn, (0, 1)), (0, 1)))(params, x), 1e-4)
+    assert_close(hessian, jax.jit(jax.jacrev(jax.jacrev(fn, (0, 1)), (0, 1)))(params, x), roundings=1024)
 
 
 @pytest.mark.parametrize("policy", [None, "nothing_saveable", "dots_saveable"])
@@ -143,7 +144,7 @@ def test_checkpoint_changes_no_value_and_no_gradient(train, policy):
     policy = policy and getattr(jax.checkpoint_policies, policy)
     saved = jax.jit(jax.value_and_grad(fn, (0, 1)))(params, x)
     again = jax.jit(jax.value_and_grad(jax.checkpoint(fn, policy=policy), (0, 1)))(params, x)
-    assert_equal(again, saved, 1e-5)
+    assert_close(again, saved, roundings=128)
 
 
 @HOSTILE
@@ -162,9 +163,9 @@ def test_eps_momentum_and_mask_may_be_traced():
         y, stats = bn_apply(params, state, x, train=True, eps=eps, mask=mask)
         return y, bn_update_stats(state, stats, momentum=momentum)
 
-    assert_equal(jax.jit(run)(0.1, 0.7, mask), run(0.1, 0.7, mask))
+    assert_close(jax.jit(run)(0.1, 0.7, mask), run(0.1, 0.7, mask))
     eps, momentum = jnp.float32(0.1), jnp.float32(0.7)
-    assert_equal(jax.jit(run)(eps, momentum, mask), run(0.1, 0.7, mask))
+    assert_close(jax.jit(run)(eps, momentum, mask), run(0.1, 0.7, mask))
 
 
 @pytest.mark.parametrize("argument", ["train", "axis", "axis_name"])
@@ -176,7 +177,7 @@ def test_a_traced_static_argument_says_how_to_make_it_static(argument):
     if argument == "axis_name":
         return
     static = jax.jit(partial(bn_apply, params, state, x), static_argnames=("train", "axis"))
-    assert_equal(static(**{"train": True, argument: value}), bn_apply(params, state, x, train=True))
+    assert_close(static(**{"train": True, argument: value}), bn_apply(params, state, x, train=True))
 
 
 def test_the_three_pytrees_pass_through_tree_functions():

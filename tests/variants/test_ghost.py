@@ -11,7 +11,9 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from support import eight, oracle, plain
+from support.closeness import assert_close, bits
 from support.counting import compile_hlo
+from support.problems import pose
 
 from jbn import BNParams, BNStats, bn_apply, bn_init, bn_merge_stats, bn_update_stats
 from jbn.networks import mlp
@@ -34,16 +36,10 @@ CASES = {
 def problem(case="plain", dtype=jnp.float32):
     """(params, x, weights of the loss, mask, axis); of a mask the second block is empty."""
     shape, axis, mask_shape, offset = CASES[case]
-    rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=(2, *shape))
-    features = tuple(shape[a] for a in oracle.feature_axes(axis, len(shape)))
-    params = BNParams(*(jnp.asarray(v, jnp.float32) for v in rng.normal(size=(2, *features)) + 1))
-    mask = None
-    if mask_shape is not None:
-        mask = rng.random(mask_shape) < 0.6
-        if mask_shape[0] == N:
-            mask[G : 2 * G] = False
-    return params, jnp.asarray(x + offset, dtype), jnp.asarray(weights, jnp.float32), mask, axis
+    params, _, x, mask, weights = pose(shape, axis, dtype=dtype, offset=offset, mask=mask_shape)
+    if mask is not None and len(mask) == N:
+        mask = mask.at[G : 2 * G].set(False)
+    return params, x, weights, mask, axis
 
 
 def loss_of(y, stats, weights, mask=None):
@@ -113,17 +109,18 @@ def test_it_is_a_vmap_over_blocks_to_rounding(case, dtype):
         lambda params, x: bn_apply(params, None, x, train=True, mask=mask, axis=axis, ghost_size=G)
     )
     expected, (y_vmap, stats_vmap) = run(partial(by_vmap, mask=mask, axis=axis))
-    ulp = 2.0**-7 if dtype == jnp.bfloat16 else 1e-6
-    eight.assert_close(stats, stats_vmap)
-    eight.assert_close((y, gradients[1]), (y_vmap, expected[1]), ulp)
-    eight.assert_close(gradients[0], expected[0], 2e-6)
+    assert_close(stats, stats_vmap)
+    assert_close(
+        (y, gradients[1]), (y_vmap, expected[1]), roundings=1 if dtype == jnp.bfloat16 else 16, computed_in=dtype
+    )
+    assert_close(gradients[0], expected[0])
 
 
 @pytest.mark.parametrize("case", ["plain", "masked", "NCHW"])
 def test_one_block_of_the_full_batch_is_plain(case):
     params, x, _, mask, axis = problem(case)
     got = bn_apply(params, None, x, train=True, mask=mask, axis=axis, ghost_size=N)
-    eight.assert_close(got, bn_apply(params, None, x, train=True, mask=mask, axis=axis), 5e-7)
+    assert_close(got, bn_apply(params, None, x, train=True, mask=mask, axis=axis))
 
 
 def test_a_nan_stays_in_its_block_and_out_of_the_running_statistics():
@@ -154,15 +151,15 @@ def test_nothing_seen_is_count_0_and_finite(n):
     y, stats = bn_apply(params, None, x[:n], train=True, mask=jnp.zeros((n, 1), bool), ghost_size=G)
     assert y.shape == (n, 3)
     assert np.isfinite(y).all()
-    eight.assert_close(stats, BNStats(*jnp.zeros((3, 3), jnp.float32)))
+    assert_close(stats, BNStats(*jnp.zeros((3, 3), jnp.float32)))
 
 
 def test_evaluation_ignores_it_and_needs_no_divisor():
     params, x, _, _, _ = problem()
     _, state = bn_init(3)
     got = bn_apply(params, state, x[:7], train=False, ghost_size=G)
-    assert list(map(oracle.bits, jax.tree.leaves(got))) == list(
-        map(oracle.bits, jax.tree.leaves(bn_apply(params, state, x[:7], train=False)))
+    assert list(map(bits, jax.tree.leaves(got))) == list(
+        map(bits, jax.tree.leaves(bn_apply(params, state, x[:7], train=False)))
     )
 
 
@@ -183,7 +180,7 @@ def test_forward_reverse_and_second_derivatives_are_those_of_the_plain_formula()
 
         for derivative in (jax.hessian, lambda f, argnums: jax.jacfwd(f, argnums)):
             got, want = (jax.jit(derivative(f, argnums=(0, 1)))(params, x) for f in (ghost, of_blocks))
-            eight.assert_close(got, want, 1e-10)
+            assert_close(got, want, roundings=2**19)
 
 
 def test_an_ensemble_by_vmap_is_a_loop_over_its_members():
@@ -196,7 +193,7 @@ def test_an_ensemble_by_vmap_is_a_loop_over_its_members():
 
     got = jax.jit(jax.vmap(member))(params, x)
     alone = [member(jax.tree.map(lambda v: v[i], params), x[i]) for i in range(2)]  # noqa: B023
-    eight.assert_close(got, jax.tree.map(lambda *v: jnp.stack(v), *alone))
+    assert_close(got, jax.tree.map(lambda *v: jnp.stack(v), *alone))
 
 
 @pytest.mark.parametrize(("devices", "masked"), [(1, False), (2, True), (4, True), (8, False), (8, True)])
@@ -223,7 +220,7 @@ def test_on_devices_blocks_stay_where_they_are_and_statistics_are_merged(devices
         y, stats = by_vmap(params, x, mask, size=4)
         return sum(eight.loss_of(y, stats, weights, mask)), (y, stats)
 
-    eight.assert_close(run(params, x, weights, mask), jax.jit(jax.grad(one, (0, 1), has_aux=True))(params, x), 2e-6)
+    assert_close(run(params, x, weights, mask), jax.jit(jax.grad(one, (0, 1), has_aux=True))(params, x))
 
 
 @pytest.mark.parametrize("map_over", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
@@ -235,7 +232,7 @@ def test_vmap_and_pmap_merge_the_statistics_of_blocks(map_over):
 
     y, stats = map_over(member, axis_name="data")(eight.split(x), eight.split(mask))
     got = (y.reshape(x.shape), jax.tree.map(lambda v: v[3], stats))
-    eight.assert_close(got, by_vmap(params, x, mask, size=2))
+    assert_close(got, by_vmap(params, x, mask, size=2))
 
 
 def test_one_collective_carries_the_statistics_and_the_gradient_needs_none():
@@ -266,7 +263,7 @@ def test_local_statistics_on_devices_are_ghost_batches():
         return y, bn_update_stats(state, bn_merge_stats(gathered, axis=0))
 
     y, stats = bn_apply(params, state, x, train=True, ghost_size=eight.N // eight.D)
-    eight.assert_close(local(params, state, x), (y, bn_update_stats(state, stats)))
+    assert_close(local(params, state, x), (y, bn_update_stats(state, stats)))
 
 
 def test_a_network_of_ghost_batches_trains():

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from support import eight, oracle, plain
+from support.closeness import assert_close, assert_same_bits, bits
 from support.counting import compilations
 
 from jbn import BNParams, BNState, bn_apply, bn_update_stats
@@ -72,8 +73,8 @@ MASKED = pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
 def test_outputs_are_those_of_algorithm_1_and_statistics_those_of_the_batch(limits, mask):
     params, state, x, _ = problem()
     y, stats = bn_apply(params, state, x, train=True, renorm=limits, mask=mask)
-    oracle.assert_close(y, algorithm_1(params, state, x, limits, mask))
-    eight.assert_close(stats, bn_apply(params, None, x, train=True, mask=mask)[1], 0)
+    assert_close(y, algorithm_1(params, state, x, limits, mask))
+    assert_same_bits(stats, bn_apply(params, None, x, train=True, mask=mask)[1])
 
 
 def test_the_problem_reaches_every_branch_of_the_limits():
@@ -100,7 +101,7 @@ def test_every_derivative_is_that_of_the_formula_with_r_and_d_held_fixed(mask):
             return jax.jvp(f, (params, x), tangents), jax.jvp(gradient, (params, x), tangents)
 
         got, want = (jax.jit(partial(derivatives, apply))() for apply in (ours, detached))
-        eight.assert_close(got, want, 1e-10)
+        assert_close(got, want, roundings=2**19)
 
 
 @pytest.mark.parametrize("limits", [LIMITS["tight"], LIMITS["infinite"]], ids=["tight", "infinite"])
@@ -138,9 +139,9 @@ def test_limits_of_1_and_0_are_plain_batch_norm_bit_for_bit(options, dtype):
     unit = {**options, "renorm": (jnp.float32(1), jnp.float32(0))}
     for run in (lambda f: f, jax.jit):
         got, want = (jax.tree.leaves(run(partial(everything, o))(*args)) for o in (unit, options))
-        assert list(map(oracle.bits, got[:4])) == list(map(oracle.bits, want[:4]))
+        assert list(map(bits, got[:4])) == list(map(bits, want[:4]))
         # Gradients are sums and products that XLA may contract in one program and not in the other.
-        eight.assert_close(got[4:], want[4:], 2.0**-8 if dtype == jnp.bfloat16 else 3e-7)
+        assert_close(got[4:], want[4:], roundings=1 if dtype == jnp.bfloat16 else 3, computed_in=dtype)
 
 
 def test_a_channel_that_has_averaged_nothing_is_plain():
@@ -156,13 +157,13 @@ def test_without_limits_it_is_evaluation_with_the_running_statistics():
     params, state, x, _ = problem()
     state = state._replace(count=jnp.ones(C, jnp.int32))
     y, _ = bn_apply(params, state, x, train=True, renorm=(jnp.inf, jnp.inf))
-    eight.assert_close(y, bn_apply(params, state, x, train=False)[0], 2e-6)
+    assert_close(y, bn_apply(params, state, x, train=False)[0])
 
 
 def test_evaluation_ignores_the_limits():
     params, state, x, _ = problem()
     got = bn_apply(params, state, x, train=False, renorm=(3.0, 5.0))
-    eight.assert_close(got, bn_apply(params, state, x, train=False), 0)
+    assert_same_bits(got, bn_apply(params, state, x, train=False))
 
 
 def test_a_schedule_of_limits_runs_under_one_compilation():
@@ -181,8 +182,8 @@ def test_a_schedule_of_limits_runs_under_one_compilation():
             want_of = state
             state, y = step(state, t)
     assert not seen
-    eight.assert_close(first, bn_apply(params, None, x, train=True)[0])
-    oracle.assert_close(y, algorithm_1(params, want_of, x, (1.4, 0.8)))
+    assert_close(first, bn_apply(params, None, x, train=True)[0])
+    assert_close(y, algorithm_1(params, want_of, x, (1.4, 0.8)))
 
 
 def test_blocks_are_renormalized_each_by_itself():
@@ -195,9 +196,9 @@ def test_blocks_are_renormalized_each_by_itself():
 
     y, vjp = jax.vjp(blocks, params, x)
     got_y, _, gradients = jax.jit(partial(everything, {"renorm": limits, "ghost_size": 3}))(params, state, x, weights)
-    eight.assert_close((got_y, gradients), (y, vjp(weights)))
+    assert_close((got_y, gradients), (y, vjp(weights)))
     halves = [algorithm_1(params, state, half, limits) for half in (x[:3], x[3:])]
-    oracle.assert_close(got_y, np.concatenate(halves))
+    assert_close(got_y, np.concatenate(halves))
 
 
 @pytest.mark.parametrize("per_device", [1, 4])
@@ -217,7 +218,7 @@ def test_synchronized_it_is_that_of_the_whole_batch_down_to_one_value_a_device(m
     specs = (P(), P("data"), P("data"), eight.mask_spec(mask))
     out_specs = ((P(), P("data")), (P("data"), eight.STATS))
     shards = jax.shard_map(partial(gradient, axis_name="data"), mesh=eight.mesh(), in_specs=specs, out_specs=out_specs)
-    eight.assert_close(jax.jit(shards)(params, x, weights, mask), jax.jit(gradient)(params, x, weights, mask), 2e-6)
+    assert_close(jax.jit(shards)(params, x, weights, mask), jax.jit(gradient)(params, x, weights, mask))
 
 
 def test_a_nan_stays_in_its_channel():
@@ -239,14 +240,14 @@ def test_a_masked_nan_gives_gamma_times_d_plus_beta_and_moves_no_gradient():
     gamma, beta = map(oracle.float64, params)
     np.testing.assert_allclose(y[2, 1], gamma[1] * d[1] + beta[1], rtol=1e-5)
     gradient = jax.jit(jax.grad(lambda p, x: loss(partial(ours, limits), weights, p, state, x, MASK), (0, 1)))
-    eight.assert_close(gradient(params, bad), gradient(params, x))
+    assert_close(gradient(params, bad), gradient(params, x))
 
 
 def test_constant_channels_and_empty_masks_are_finite():
     params, state, x, _ = problem()
     constant = jnp.ones_like(x)
     y, stats = bn_apply(params, state, constant, train=True, renorm=LIMITS["wide"])
-    oracle.assert_close(y, algorithm_1(params, state, constant, LIMITS["wide"]))
+    assert_close(y, algorithm_1(params, state, constant, LIMITS["wide"]))
     np.testing.assert_array_equal(stats.var, 0)
     y, stats = bn_apply(params, state, x, train=True, renorm=LIMITS["wide"], mask=jnp.zeros((N, 1), bool))
     assert np.isfinite(y).all()
@@ -258,4 +259,4 @@ def test_an_ensemble_by_vmap_takes_limits_of_its_own():
     limits = jnp.float32([[1.0, 0.0], [1.2, 0.1], [3.0, 5.0]])
     y = jax.jit(jax.vmap(lambda lim: bn_apply(params, state, x, train=True, renorm=(lim[0], lim[1]))[0]))(limits)
     for got, pair in zip(y, limits, strict=True):
-        oracle.assert_close(got, algorithm_1(params, state, x, np.float64(pair)))
+        assert_close(got, algorithm_1(params, state, x, np.float64(pair)))
