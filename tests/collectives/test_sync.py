@@ -1,5 +1,6 @@
 """Synchronized statistics on eight devices: values, gradients and statistics are those of the whole batch."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -24,6 +25,7 @@ from support.eight import (
     unsharded,
     whole,
 )
+from support.nightly import by_day
 
 from jbn import BNStats, bn_apply, bn_init, bn_merge_stats, bn_update_stats
 
@@ -87,11 +89,16 @@ def by_rows(map_over, params, x, weights, mask):
     return gradients, out
 
 
-@MASKED
-@pytest.mark.parametrize("map_over", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])
+@pytest.mark.parametrize(
+    ("map_over", "mask"),
+    by_day(
+        itertools.product(["vmap", "pmap"], MASKS),
+        [*(("vmap", mask) for mask in MASKS), ("pmap", None), ("pmap", "an empty shard")],
+    ),
+)
 def test_vmap_and_pmap_equal_the_whole_batch(map_over, mask):
     params, x, weights, mask = problem(mask=mask)
-    assert_close(by_rows(map_over, params, x, weights, mask), whole(params, x, weights, mask))
+    assert_close(by_rows(getattr(jax, map_over), params, x, weights, mask), whole(params, x, weights, mask))
 
 
 @pytest.mark.parametrize("map_over", [jax.vmap, jax.pmap], ids=["vmap", "pmap"])

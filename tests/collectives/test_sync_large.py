@@ -1,5 +1,6 @@
 """Large groups: statistics by at most two all-reduces of the channels, as exact as those of the whole batch."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from support import oracle, plain, tpu
 from support.closeness import assert_close, assert_same_bits, relative_error
 from support.counting import compile_hlo
 from support.eight import STATS, C, D, loss_of, mask_spec, mesh, problem, split, whole
+from support.nightly import by_day
 
 import jbn._moments
 from jbn import BNState, BNStats, bn_apply
@@ -45,8 +47,16 @@ def synchronized(params, x, mask=None, state=None, **options):
     return jax.shard_map(shard, mesh=mesh(), in_specs=specs, out_specs=(P("data"), STATS))(params, state, x, mask)
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-@pytest.mark.parametrize("mask", [None, "unequal masks", "an empty shard", "one shard only"], ids=str)
+MASKS = (None, "unequal masks", "an empty shard", "one shard only")
+
+
+@pytest.mark.parametrize(
+    ("mask", "offset"),
+    by_day(
+        itertools.product(MASKS, [0.0, 100.0]),
+        [*((mask, 0.0) for mask in MASKS), (None, 100.0), ("unequal masks", 100.0)],
+    ),
+)
 def test_values_gradients_and_statistics_are_those_of_the_whole_batch(mask, offset):
     params, x, weights, mask = problem(mask=mask, offset=offset)
 

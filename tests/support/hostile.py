@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from support.nightly import by_day
 from support.problems import pose
 
 from jbn import bn_apply, bn_update_stats
@@ -18,11 +19,19 @@ CASES = (
     "bf16",
     "one example",
 )
-HOSTILE = pytest.mark.parametrize(
-    ("case", "train"),
-    [(c, t) for c in CASES for t in (True, False) if not (t and c == "one example")],
-    ids=lambda v: v if isinstance(v, str) else "train" if v else "eval",
-)
+ALL = [(c, t) for c in CASES for t in (True, False) if not (t and c == "one example")]
+# Each case once, and both modes.
+HALF = [(c, i % 2 == 0) for i, c in enumerate(CASES)]
+
+
+def hostile(combinations):
+    """Runs a test of ``case`` and ``train`` on these."""
+    ids = lambda v: v if isinstance(v, str) else "train" if v else "eval"  # noqa: E731
+    return pytest.mark.parametrize(("case", "train"), combinations, ids=ids)
+
+
+HOSTILE = hostile(ALL)
+BY_DAY_HALF = hostile(by_day(ALL, HALF))
 
 
 def problem(case="plain", members=()):

@@ -1,5 +1,6 @@
 """Each device with the statistics of its own share, and a batch that is bad on one device only."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.closeness import CHAIN, assert_close, assert_same_bits
 from support.counting import compile_hlo
+from support.nightly import by_day
 from support.training import (
     OPTIMIZERS,
     SIZES,
@@ -24,16 +26,19 @@ from support.training import (
 from jbn import _moments, bn_apply, networks
 from jbn.training import make_train_step
 
-MODES = pytest.mark.parametrize("sync_stats", [True, False], ids=["global", "local"])
-
 
 def local_step(network, **options):
     options = {"axis_name": "data", "sync_stats": False} | options
     return make_train_step(network.apply, squared_error, OPTIMIZERS["momentum"], **options)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kind", ["shard_map", "unchecked", "vmap", "pmap"])
+@pytest.mark.parametrize(
+    ("kind", "accumulate"),
+    by_day(
+        itertools.product(["shard_map", "unchecked", "vmap", "pmap"], [1, 2]),
+        [("shard_map", 2), ("unchecked", 1), ("vmap", 2), ("pmap", 1)],
+    ),
+)
 def test_local_statistics_are_ghost_batches_of_one_device(kind, accumulate):
     size = 64
     ghost = networks.mlp(SIZES, bn=partial(bn_apply, ghost_size=size // (8 * accumulate)))
@@ -100,9 +105,13 @@ def test_without_an_axis_there_is_nothing_to_leave_apart():
     assert_same_bits(jax.jit(local_step(network, axis_name=None))(old, batch()), step(old, batch()))
 
 
-@MODES
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize(("dtype", "bad"), [("float32", np.nan), ("bfloat16", np.nan), ("bfloat16", 3.4e38)])
+@pytest.mark.parametrize(("devices", "sync_stats"), [(1, False), (8, False), (8, True)])
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    by_day(
+        [("float32", "nan"), ("bfloat16", "nan"), ("bfloat16", "3.4e38")], [("float32", "nan"), ("bfloat16", "3.4e38")]
+    ),
+)
 def test_a_batch_that_is_bad_on_one_device_is_skipped_by_all_of_them(dtype, bad, devices, sync_stats):
     network = networks.mlp((4, 6, 2), dtype=jnp.dtype(dtype))
     old = start(network, OPTIMIZERS["momentum"])
@@ -113,7 +122,7 @@ def test_a_batch_that_is_bad_on_one_device_is_skipped_by_all_of_them(dtype, bad,
     assert not metrics["skipped"]
     x, y = batch(32, seed=1)
     assert jnp.isinf(jnp.bfloat16(3.4e38))
-    after, metrics = step(before, (x.at[9].set(bad), y))
+    after, metrics = step(before, (x.at[9].set(float(bad)), y))
     assert metrics["skipped"]
     assert_same_bits(after[:3], before[:3])
     assert after.step == 2

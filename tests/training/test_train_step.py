@@ -246,7 +246,7 @@ def test_a_narrow_loss_is_reported_in_float32():
     assert metrics["skipped"].dtype == jnp.bool_
 
 
-@pytest.mark.parametrize("norm", ["z", "a"])
+@pytest.mark.parametrize("norm", ["z", pytest.param("a", marks=pytest.mark.nightly)])
 def test_handwritten_digits_are_read_with_more_than_95_percent_accuracy(norm):
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.closeness import assert_close
-from support.hostile import HOSTILE, loss, member, problem, stacked, step
+from support.hostile import BY_DAY_HALF, HOSTILE, loss, member, problem, stacked, step
 
 from jbn import BNParams, bn_apply, bn_update_stats
 
@@ -46,7 +46,7 @@ def test_vmap_equals_a_loop(which, train):
     assert_close(got, stacked([run(*arguments(i)) for i in range(4)]))
 
 
-@HOSTILE
+@BY_DAY_HALF
 def test_nested_vmap_is_an_ensemble_of_ensembles(case, train):
     args = problem(case, members=(2, 3))
     axes = tuple(None if a is None else 0 for a in args)
