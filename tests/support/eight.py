@@ -1,4 +1,4 @@
-"""The problem of the tests on eight devices, its answer on one, and how the two are compared."""
+"""The problem of the tests on eight devices, and its answer on one."""
 
 import jax
 import jax.numpy as jnp

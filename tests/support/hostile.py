@@ -1,4 +1,4 @@
-"""The problem of the tests of transformations, and how two answers to it are compared."""
+"""The cases that each transformation has to survive, and what a layer computes of them."""
 
 import jax
 import jax.numpy as jnp
