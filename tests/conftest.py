@@ -5,6 +5,7 @@ Read by pytest before any test imports jax, in the workers of ``pytest -n`` too.
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 # Workers, and the commands that tests start, share what they compile. JAX's key of an entry holds the program, the
 # options and the versions; a folder that the environment names is used instead, and kept.
@@ -43,6 +45,9 @@ DOORS = frozenset(
     {"cli", "convert", "docs", "doors", "equinox", "haiku", "keras", "linen", "nnx", "notebooks", "README", "report"}
 )
 
+# The package without which a door cannot be imported, nor its examples collected.
+PACKAGES = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku", "keras": "keras"}
+
 
 def _is_door(item):
     path = item.path.resolve()
@@ -66,6 +71,13 @@ def _take_the_default(*operands, default=None, **per_platform):
 
 class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
+
+    def pytest_ignore_collect(self, collection_path):
+        """Leaves out what holds no tests, and the examples of doors to packages that are not there."""
+        if collection_path.parent.name == "jbn" and collection_path.stem in PACKAGES:
+            return True if importlib.util.find_spec(PACKAGES[collection_path.stem]) is None else None
+        inside = collection_path.is_relative_to(ROOT / "tests") and collection_path.suffix == ".py"
+        return True if inside and not collection_path.name.startswith("test_") else None
 
     def pytest_collection_modifyitems(self, config, items):
         for item in items:
