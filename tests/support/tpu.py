@@ -41,7 +41,6 @@ def compiled(programs, timeout=500):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, which compiles for TPUs without one: pip install libtpu")
     environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import support.tpu as t; t.main()"
     command = [sys.executable, "-c", code, programs]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
