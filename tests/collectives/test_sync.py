@@ -50,7 +50,7 @@ def test_shard_map_equals_the_whole_batch_differentiated_from_outside(mask, offs
 
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x, weights, mask)
     # Moments of float32 shards at an offset are pooled in another order than one batch is summed.
-    assert_close((gradients, out), whole(params, x, weights, mask), 1e-6 if offset == 0 else 1e-5)
+    assert_close((gradients, out), whole(params, x, weights, mask), roundings=16 if offset == 0 else 128)
 
 
 @MASKED
@@ -174,7 +174,7 @@ def test_bfloat16_shards_give_the_statistics_and_outputs_of_the_whole_batch():
 
     expected, (y_whole, stats_whole) = jax.jit(jax.grad(of_the_whole, (0, 1), has_aux=True))(params, x)
     assert_close(stats, stats_whole)
-    assert_close(y, y_whole, 2.0**-7)  # one unit in the last place of bfloat16
+    assert_close(y, y_whole)  # one unit in the last place of bfloat16
     assert_close(gradients[0], expected[0], roundings=3, computed_in="bfloat16")
     assert_close(gradients[1], expected[1], roundings=3, computed_in="bfloat16")
 
