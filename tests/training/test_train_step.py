@@ -200,7 +200,7 @@ def test_a_step_on_a_bad_batch_changes_nothing_but_the_count_of_steps(accumulate
     assert_same_bits(new[:3], old[:3])
     after, metrics = step(new, (x, y))
     assert not metrics["skipped"]
-    assert_same_bits(after._replace(step=2), step(old, (x, y))[0])
+    assert_same_bits(after._replace(step=jnp.int32(2)), step(old, (x, y))[0])
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is():
