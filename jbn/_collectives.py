@@ -67,7 +67,7 @@ def _together(names: Names) -> list[Names]:
     """The names in runs, each for one collective: those of a mesh together, those of ``vmap`` one by one.
 
     JAX's collectives over several names of ``vmap``, or over those of ``vmap`` and of a mesh at once, fail or give
-    results in another order (jax 0.10 to 0.12; ``tests/test_named_axes.py`` nests them in every order).
+    results in another order (jax 0.10 to 0.12; ``tests/collectives/test_named_axes.py`` nests them in every order).
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     checked = _checked(tuple(manual))

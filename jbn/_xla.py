@@ -67,7 +67,7 @@ def weighted(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     """The values that count, and 0 in the place of others, NaN where those are not finite.
 
     XLA:CPU computes a product inside a reduction, but writes a selection to memory; and it converts bytes inside a
-    reduction, but not bools. ``tests/test_cost.py`` counts what is written at full size.
+    reduction, but not bools. ``tests/costs/test_layer.py`` counts what is written at full size.
     """
     return values if mask is None else values * mask.astype(jnp.uint8).astype(values.dtype)
 
@@ -87,7 +87,7 @@ def unshared(tree: Any) -> Any:
     user; with several users it writes the result to memory at full size. An optimization barrier keeps the copies
     apart until after common subexpressions are merged, and is dropped before fusion, so it costs nothing there. On a
     TPU a barrier costs passes over x: none is emitted there, nor on a GPU. Two calls give different values only if
-    their trees hold different arrays. ``tests/test_cost.py`` counts what is written at full size.
+    their trees hold different arrays. ``tests/costs/test_layer.py`` counts what is written at full size.
     """
     arrays, structure = jax.tree.flatten(tree)
     # JAX 0.10 gives all results of a barrier one type inside shard_map, so its operands are made alike first.
@@ -102,7 +102,7 @@ def _sum_after(first: jax.Array, values: jax.Array, axes: tuple[int, ...]) -> ja
     XLA:CPU runs kernels that do not depend on each other side by side, with one thread for each; one after the other
     each has all threads, which for two sums over x is a fifth faster (``benchmarks/layer.py``). The second sum is
     made to depend on the first by starting it from 0 times an entry of the first; XLA does not replace that product
-    by 0, because it is NaN where the entry is not finite. ``tests/test_cost.py`` checks that the sums wait.
+    by 0, because it is NaN where the entry is not finite. ``tests/costs/test_layer.py`` checks that the sums wait.
     """
     if any(spec_of(first)):  # split over an explicit mesh, no entry is on all devices
         return jnp.sum(values, axes)
@@ -115,7 +115,7 @@ def narrow_select(mask: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
 
     XLA:CPU does not compute a selection inside a reduction but writes it to memory, and computes selections of
     bfloat16 and float16 in float32, so that it writes twice the bytes. A selection of their bits stays as narrow as
-    x, and fits where a result of x's size is put later. ``tests/test_cost.py`` counts the temporary bytes.
+    x, and fits where a result of x's size is put later. ``tests/costs/test_layer.py`` counts the temporary bytes.
     """
     largest = jnp.finfo(x.dtype).max.astype(other.dtype)
     other = jnp.clip(other, -largest, largest).astype(x.dtype)
@@ -141,7 +141,7 @@ def sum_of_terms(dtype: Any, *terms: jax.Array) -> jax.Array:
     cotangent to float32 to memory. The transpose of a barrier is a barrier: with another number of barriers behind
     each term, each term gets a copy of the cotangent that is not merged with the others, and converts it inside the
     reduction that uses it. The price is paid by forward-mode tangents of narrow dtypes on a CPU: each term is rounded
-    to ``dtype`` before the sum. ``tests/test_cost.py`` counts the temporary bytes.
+    to ``dtype`` before the sum. ``tests/costs/test_layer.py`` counts the temporary bytes.
     """
     return lax.platform_dependent(*terms, cpu=partial(_add_apart, dtype), default=partial(_add, dtype))
 

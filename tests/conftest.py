@@ -1,12 +1,18 @@
-"""One machine for all tests: eight host devices, strict promotion, warnings as errors.
+"""One machine for all tests: the installed jbn, eight host devices, strict promotion, warnings as errors.
 
-Read by pytest before any test imports jax. It holds for the doctests of ``jbn`` as well, and for the
-workers of ``pytest -n``.
+Read by pytest before any test imports jax, in the workers of ``pytest -n`` too. It holds for the doctests of
+``jbn`` as well.
 """
 
 import contextlib
 import importlib.util
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest does so itself, but only later
 
 _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -15,14 +21,32 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+# Workers share what they compile: in a temporary folder, or in the one that JAX's variable names, which is kept.
+# Processes that tests start do not: one that is killed would leave half an entry behind.
+_SHARED = "JBN_TESTS_SHARE_PROGRAMS_IN"
+_kept, _temporary = os.environ.pop("JAX_COMPILATION_CACHE_DIR", None), None
+if _SHARED not in os.environ:
+    _temporary = None if _kept else tempfile.mkdtemp(prefix="jbn-programs-")
+    os.environ[_SHARED] = _kept or _temporary
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# The opt-out, in one place: files whose code runs other libraries, which promote dtypes and ranks
-# implicitly and warn as they like. A file counts by its name without ``test_``, with the folders above it.
+jax.config.update("jax_compilation_cache_dir", os.environ[_SHARED])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+pytest.register_assert_rewrite("support")
+
+from support import installed  # noqa: E402
+
+ROOT = installed.ROOT
+installed.hide_checkout(ROOT)
+
+# The opt-out, in one place: folders and modules whose code runs other libraries, which promote dtypes and
+# ranks implicitly and warn as they like.
 DOORS = frozenset(
-    {"checkpoints", "cli", "convert", "docs", "doors", "equinox", "flax", "haiku", "keras", "linen", "nnx", "notebooks"}
-    | {"README", "report", "resume"}
+    {"cli", "convert", "docs", "doors", "equinox", "haiku", "keras", "linen", "nnx", "notebooks", "README", "report"}
 )
 
 # The package without which a door cannot be imported, nor its examples and tests collected.
@@ -30,27 +54,51 @@ PACKAGES = {"linen": "flax", "nnx": "flax", "flax": "flax", "equinox": "equinox"
 
 
 def _is_door(item):
-    path = item.path.relative_to(item.config.rootpath)
-    names = {part.removesuffix(path.suffix).removeprefix("test_") for part in path.parts}
-    return not DOORS.isdisjoint(names | {name.split("_")[0] for name in names})
+    path = item.path.resolve()
+    parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else path.parts[path.parts.index("jbn") :]
+    return not DOORS.isdisjoint({*parts, path.stem.lstrip("_")})
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--accelerator-path",
+        action="store_true",
+        help="run what jbn does on GPUs and TPUs on the CPU: every lax.platform_dependent takes its default",
+    )
+
+
+def _take_the_default(*operands, default=None, **per_platform):
+    """In place of ``lax.platform_dependent``."""
+    assert default is not None, "a choice by platform without a default cannot be forced"
+    return default(*operands)
 
 
 class _House:
     """A plugin rather than fixtures: fixtures of this folder do not reach the doctests of ``jbn``."""
 
     def pytest_ignore_collect(self, collection_path):
-        """The door to a framework that is absent (for Keras: on another backend than JAX), and its tests."""
+        """Leaves out what holds no tests, and what needs a framework that is not there (or, Keras, not on JAX)."""
+        inside = collection_path.is_relative_to(ROOT / "tests") and collection_path.suffix == ".py"
+        if inside and not collection_path.name.startswith("test_"):
+            return True
         package = PACKAGES.get(collection_path.stem.removeprefix("test_").split("_")[0])
-        if package is None or not {"jbn", "doors"} & {collection_path.parent.name}:
+        if package is None or collection_path.parent.name not in ("jbn", "doors"):
             return None
         absent = importlib.util.find_spec(package) is None
         return True if absent or (package == "keras" and os.environ["KERAS_BACKEND"] != "jax") else None
 
-    def pytest_collection_modifyitems(self, items):
+    def pytest_collection_modifyitems(self, config, items):
         for item in items:
+            # JAX writes an entry while another worker may read it; that worker then compiles for itself.
+            half = "ignore:Error (reading|writing) persistent compilation cache entry"
+            item.add_marker(pytest.mark.filterwarnings(half), append=False)
             if not _is_door(item):
                 # In front, so that a test's own filterwarnings are applied after it and win.
                 item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+        if config.getoption("--accelerator-path"):
+            apart = [item for item in items if item.get_closest_marker("cpu_path")]
+            config.hook.pytest_deselected(items=apart)
+            items[:] = [item for item in items if item not in set(apart)]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
@@ -65,3 +113,21 @@ class _House:
 
 def pytest_configure(config):
     config.pluginmanager.register(_House(), "jbn-house")
+    if config.getoption("--accelerator-path"):
+        jax.lax.platform_dependent = _take_the_default
+
+
+def pytest_sessionstart(session):
+    _, wrong = installed.source_of_jbn(ROOT)
+    if wrong:
+        raise pytest.UsageError(wrong)
+
+
+def pytest_report_header(config):
+    path = ", on the accelerators' path" if config.getoption("--accelerator-path") else ""
+    return f"jbn: {installed.source_of_jbn(ROOT)[0]}{path}"
+
+
+def pytest_unconfigure(config):
+    if _temporary is not None:
+        shutil.rmtree(_temporary, ignore_errors=True)

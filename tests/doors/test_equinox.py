@@ -7,11 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from beside_stock import assert_near, assert_same, bits, outline
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from support import oracle
+from support.beside_stock import assert_near, assert_same, bits, outline
 
 eqx = pytest.importorskip("equinox")
 door = pytest.importorskip("jbn.equinox")

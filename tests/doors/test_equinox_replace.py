@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from beside_stock import assert_near, assert_same, bits
+from support.beside_stock import assert_near, assert_same, bits
 
 eqx = pytest.importorskip("equinox")
 door = pytest.importorskip("jbn.equinox")
-models = pytest.importorskip("equinox_models")
+models = pytest.importorskip("support.equinox_models")
 
 pytestmark = pytest.mark.filterwarnings("ignore:When `eqx.nn.BatchNorm")
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
-from flax_support import Case, assert_close
+from support.flax_support import Case, assert_close
 
 import jbn.linen
 import jbn.nnx

@@ -6,11 +6,12 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from beside_stock import assert_near, assert_same, bits, outline
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from support import oracle
+from support.beside_stock import assert_near, assert_same, bits, outline
+from support.closeness import assert_close
 
 hk = pytest.importorskip("haiku")
 door = pytest.importorskip("jbn.haiku")
@@ -159,7 +160,7 @@ def test_half_precision_is_rounded_once():
     x = batch(dtype=jnp.bfloat16, offset=30.0)
     f = made(door.BatchNorm, create_scale=False, create_offset=False)
     y, _ = f.apply(*f.init(None, x, True), None, x, True)
-    oracle.assert_close(y, oracle.batch_norm(x))
+    assert_close(y, oracle.batch_norm(x))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 3)], ids=str)

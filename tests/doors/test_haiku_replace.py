@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from beside_stock import assert_near, assert_same
+from support.beside_stock import assert_near, assert_same
 
 hk = pytest.importorskip("haiku")
 door = pytest.importorskip("jbn.haiku")

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-import oracle
 import pytest
-from keras_twins import Door, Stock, call, twins
-from refusals import assert_refused
+from support import oracle
+from support.closeness import assert_close, bits, eps_of
+from support.keras_twins import Door, Stock, call, twins
+from support.refusals import assert_refused
 
 SHAPE = (6, 4, 3)
 WIDE = ("float32", "float64")
@@ -32,7 +33,7 @@ def data(shape=SHAPE, offset=0.5):
 
 def assert_same(ours, theirs, ulps=64):
     """To the rounding of float32, in which Keras computes whatever the dtype is, and to that of the dtype itself."""
-    jax.tree.map(lambda a, b: oracle.assert_close(a, oracle.float64(b), ulps=ulps, compute=np.float32), ours, theirs)
+    jax.tree.map(lambda a, b: assert_close(a, oracle.float64(b), roundings=ulps, computed_in=np.float32), ours, theirs)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), ours) == jax.tree.map(lambda a: (a.shape, a.dtype), theirs)
 
 
@@ -58,7 +59,7 @@ def test_outputs_gradients_and_variables_are_those_of_keras(policy, mode, renorm
     theirs, ours = (call(layer, data(), MASKS[mask], training=mode != "evaluation") for layer in layers)
     assert_same((ours.y, ours.variables), (theirs.y, theirs.variables))
     # They pass through y and through its cotangent, both of which were rounded.
-    rounding = oracle.eps_of(theirs.y.dtype) / oracle.eps_of(np.float32)
+    rounding = eps_of(theirs.y.dtype) / eps_of(np.float32)
     assert_same((ours.x_gradient, ours.gradients), (theirs.x_gradient, theirs.gradients), ulps=max(64, 4 * rounding))
     if mode == "training":  # the test would notice if nothing were averaged
         before = [v.numpy() for v in layers[1].non_trainable_variables]
@@ -76,7 +77,7 @@ def test_float64_is_computed_in_float64(training):
         mean, var, _ = oracle.moments(x)
     y = door(x, training=training)
     assert y.dtype == np.float64
-    oracle.assert_close(y, oracle.normalize(x, gamma, beta, mean, var, eps=1e-3), ulps=2**16)
+    assert_close(y, oracle.normalize(x, gamma, beta, mean, var, eps=1e-3), roundings=2**16)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.int32])
@@ -89,7 +90,7 @@ def test_integers_become_floats(dtype):
 def test_one_value_per_channel_gives_beta():
     stock, door = twins((1, 3))
     theirs, ours = (call(layer, data((1, 3))) for layer in (stock, door))
-    assert oracle.bits(ours.y[0]) == oracle.bits(door.beta.value)
+    assert bits(ours.y[0]) == bits(door.beta.value)
     assert_same((ours.y, ours.variables), (theirs.y, theirs.variables))
 
 
@@ -163,25 +164,25 @@ def test_a_bad_channel_leaves_its_averages_as_they_were_and_the_others_move(valu
     x = data()
     clean = call(door, x).variables
     x[2, 1, 0] = value
-    before = [oracle.bits(v.value[0]) for v in door.non_trainable_variables]
+    before = [bits(v.value[0]) for v in door.non_trainable_variables]
     after = call(door, x).variables
-    assert [oracle.bits(v[0]) for v in after] == before
+    assert [bits(v[0]) for v in after] == before
     assert_same([v[1:] for v in after], [v[1:] for v in clean])
 
 
 @pytest.mark.parametrize("renorm", [False, True])
 def test_an_empty_mask_leaves_the_averages_as_they_were(renorm):
     _, door = twins(SHAPE, renorm=renorm)
-    before = [oracle.bits(v.value) for v in door.non_trainable_variables]
+    before = [bits(v.value) for v in door.non_trainable_variables]
     done = call(door, data(), np.zeros(SHAPE[:2], bool))
-    assert [oracle.bits(v) for v in done.variables] == before
+    assert [bits(v) for v in done.variables] == before
     assert all(jnp.isfinite(v).all() for v in jax.tree.leaves(done))
 
 
 def test_one_channel_takes_a_mask():
     _, door = twins((6, 4, 1), scale=False, center=False)
     x, mask = data((6, 4, 1)), MASKS["bool"]
-    oracle.assert_close(door(x, mask=mask, training=True), oracle.batch_norm(x, eps=1e-3, mask=mask[..., None]))
+    assert_close(door(x, mask=mask, training=True), oracle.batch_norm(x, eps=1e-3, mask=mask[..., None]))
 
 
 @pytest.mark.parametrize("renorm", [False, True])

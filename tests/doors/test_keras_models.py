@@ -6,9 +6,9 @@ import sys
 
 import keras
 import numpy as np
-import oracle
 import pytest
-from keras_twins import Door, Stock
+from support.closeness import bits
+from support.keras_twins import Door, Stock
 
 import jbn.keras
 
@@ -36,7 +36,7 @@ def model_with(make, seed=0):
 def assert_same_weights(ours, theirs):
     assert [w.name for w in ours.weights] == [w.name for w in theirs.weights]
     for a, b in zip(ours.get_weights(), theirs.get_weights(), strict=True):
-        assert oracle.bits(a) == oracle.bits(b)
+        assert bits(a) == bits(b)
 
 
 def norms(model):
@@ -70,7 +70,7 @@ def test_a_file_with_the_door_in_it_comes_back_with_it_and_without_jbn_as_stock(
     again = keras.saving.load_model(tmp_path / "ours.keras")
     assert norms(again) == 3 * [Door]
     assert_same_weights(again, ours)
-    assert oracle.bits(again.predict(x, verbose=0)) == oracle.bits(ours.predict(x, verbose=0))
+    assert bits(again.predict(x, verbose=0)) == bits(ours.predict(x, verbose=0))
     loss = [model.fit(x, y, verbose=0, shuffle=False).history["loss"] for model in (ours, again)]
     assert loss[0] == pytest.approx(loss[1])  # the optimizer's state came along
     monkeypatch.delitem(keras.saving.get_custom_objects(), "jbn>BatchNormalization")  # as where jbn is not imported
@@ -111,10 +111,10 @@ def test_a_frozen_layer_is_left_alone_by_fit():
     for layer in model.layers:
         if isinstance(layer, Stock):  # as code does that was written for Keras's own
             layer.trainable = False
-    before = [[oracle.bits(w) for w in layer.get_weights()] for layer in model.layers if isinstance(layer, Stock)]
+    before = [[bits(w) for w in layer.get_weights()] for layer in model.layers if isinstance(layer, Stock)]
     model.compile("sgd", "mse")
     model.fit(*sequences(), epochs=1, verbose=0)
-    assert before == [[oracle.bits(w) for w in lay.get_weights()] for lay in model.layers if isinstance(lay, Stock)]
+    assert before == [[bits(w) for w in lay.get_weights()] for lay in model.layers if isinstance(lay, Stock)]
 
 
 def run(code, **environment):

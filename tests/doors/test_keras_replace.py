@@ -2,9 +2,9 @@
 
 import keras
 import numpy as np
-import oracle
-from keras_twins import Door, Stock
-from refusals import assert_refused
+from support.closeness import bits, relative_error
+from support.keras_twins import Door, Stock
+from support.refusals import assert_refused
 
 import jbn.keras
 
@@ -86,13 +86,13 @@ def losses(model, offset=0, steps=20):
 def test_every_batch_norm_in_nested_models_is_exchanged_and_nothing_else_is_touched():
     model = nested()
     before = [(id(layer), layer.name) for layer in model._flatten_layers()]
-    variables = [(id(v), v.path, oracle.bits(v.value)) for v in model.variables]
+    variables = [(id(v), v.path, bits(v.value)) for v in model.variables]
     kinds = [type(layer) for layer in model._flatten_layers() if not isinstance(layer, Stock)]
     x = np.random.default_rng(5).normal(size=(6, 3, 4)).astype("float32")
     y = model(x, training=False)
     assert jbn.keras.replace(model) is model
     assert [(id(layer), layer.name) for layer in model._flatten_layers()] == before
-    assert [(id(v), v.path, oracle.bits(v.value)) for v in model.variables] == variables
+    assert [(id(v), v.path, bits(v.value)) for v in model.variables] == variables
     assert [type(layer) for layer in model._flatten_layers() if not isinstance(layer, Stock)] == kinds
     assert {layer.name for layer in norms(model)} == {"shared", "middle", "wrapped", "frozen"}
     assert all(isinstance(layer, Door) for layer in norms(model))
@@ -119,7 +119,7 @@ def test_a_subclass_stays_one_between_jbn_and_its_own_rules(tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     assert type(again.layers[0]) is Frozen  # as it was published
     assert isinstance(jbn.keras.replace(again).layers[0], Door)
-    assert oracle.bits(again(x + OFFSET)) == oracle.bits(model(x + OFFSET))
+    assert bits(again(x + OFFSET)) == bits(model(x + OFFSET))
 
 
 def test_a_model_is_trained_as_keras_would_where_keras_is_right_and_only_ours_at_a_large_mean():
@@ -130,7 +130,7 @@ def test_a_model_is_trained_as_keras_would_where_keras_is_right_and_only_ours_at
     np.testing.assert_allclose(*in_evaluation, rtol=1e-3, atol=1e-3)
     # An offset of the inputs is what the first layer takes away, exactly.
     shifted = [losses(model, OFFSET) for model in (subclassed(), jbn.keras.replace(subclassed()))]
-    errors = [oracle.relative_error(got, expected) for got in shifted]
+    errors = [relative_error(got, expected) for got in shifted]
     assert errors[1] < 1e-4 < 1e-3 < errors[0]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax_support import assert_close, cases
+from support.flax_support import assert_close, cases
 
 from jbn.linen import BatchNorm
 

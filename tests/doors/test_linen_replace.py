@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax_support import assert_close
+from support.flax_support import assert_close
 
 from jbn import linen
 

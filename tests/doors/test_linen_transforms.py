@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax_support import assert_close
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.flax_support import assert_close
 
 from jbn.linen import BatchNorm
 

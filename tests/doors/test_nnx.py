@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.errors import TraceContextError
-from flax_support import assert_close, cases
+from support.flax_support import assert_close, cases
 
 from jbn.nnx import BatchNorm
 

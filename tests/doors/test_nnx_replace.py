@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from flax_support import assert_close
+from support.flax_support import assert_close
 
 import jbn.nnx
 

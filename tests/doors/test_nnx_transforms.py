@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax_support import assert_close
 from jax.sharding import PartitionSpec as P
+from support.flax_support import assert_close
 
 import jbn.linen
 from jbn.nnx import BatchNorm

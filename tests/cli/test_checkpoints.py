@@ -1,0 +1,176 @@
+"""Checkpoints: the newest good one comes back bit for bit, whatever happened to the files."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.saved_checkpoints import IDENTITY, made, saved
+
+from jbn.cli.bad_input import BadInput
+from jbn.cli.checkpoints import checkpoints
+
+WRITABLE = "expected a folder that can be written to; choose another --checkpoint-dir."
+
+
+def same(left, right):
+    assert left.step == right.step
+    assert left.arrays.keys() == right.arrays.keys()
+    for name, array in left.arrays.items():
+        other = right.arrays[name]
+        assert (array.shape, array.dtype, array.tobytes()) == (other.shape, other.dtype, other.tobytes()), name
+
+
+def newest(folder, identity=IDENTITY):
+    with checkpoints(folder, identity) as each:
+        return each.newest()
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def refused(folder, identity=IDENTITY):
+    with pytest.raises(BadInput) as caught:
+        newest(folder, identity)
+    return str(caught.value)
+
+
+class TestWhole:
+    def test_the_newest_comes_back_bit_for_bit(self, tmp_path, capsys):
+        same(newest(saved(tmp_path, 10, 20)), made(20))
+        assert capsys.readouterr() == ("", "")
+
+    def test_an_empty_folder_has_none_and_a_missing_one_is_made(self, tmp_path):
+        assert newest(tmp_path / "a" / "b") is None
+        assert (tmp_path / "a" / "b").is_dir()
+
+    def test_three_are_kept(self, tmp_path):
+        assert sorted(os.listdir(saved(tmp_path, 10, 20, 30, 40, 50))) == ["30", "40", "50"]
+
+
+class TestDamaged:
+    WARNING = "jbn: --checkpoint-dir: got {} with damage in 20; going on from 10.\n"
+
+    def damages(self, content):
+        """Cut at several places, and flipped bits all over."""
+        yield from (content[:at] for at in (0, len(content) // 2, len(content) - 1))
+        for at in np.linspace(0, len(content) - 1, 12).astype(int):
+            for mask in (0x01, 0x10, 0xFF):
+                yield content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :]
+
+    def test_damage_of_any_file_is_noticed_or_without_effect(self, tmp_path, capsys):
+        """Some files are not read again: then the newest comes back, as it was."""
+        folder, noticed = saved(tmp_path, 10, 20), set()
+        for file in files_of(folder / "20"):
+            content = file.read_bytes()
+            for damaged in (None, *self.damages(content)):
+                if damaged is None:
+                    file.unlink()
+                else:
+                    file.write_bytes(damaged)
+                found, err = newest(folder), capsys.readouterr().err
+                same(found, made(found.step))
+                assert err == ("" if found.step == 20 else self.WARNING.format(folder))
+                noticed |= {file.parent.name} if found.step == 10 else set()
+            file.write_bytes(content)
+        assert {"arrays", "checkpoint", "record"} <= noticed
+        same(newest(folder), made(20))
+
+    @pytest.mark.parametrize("left", ["20.orbax-checkpoint-tmp", "20"])
+    def test_a_half_written_one_is_never_loaded(self, tmp_path, left):
+        folder = saved(tmp_path, 10, 20)
+        (folder / "20").rename(folder / left)
+        shutil.rmtree(folder / left / "record")
+        same(newest(folder), made(10))
+
+    def test_an_empty_one_is_no_checkpoint(self, tmp_path):
+        folder = saved(tmp_path, 10)
+        (folder / "20").mkdir()
+        same(newest(folder), made(10))
+
+    def test_one_that_was_renamed_is_not_taken_for_a_later_one(self, tmp_path):
+        folder = saved(tmp_path, 10, 20)
+        (folder / "20").rename(folder / "30")
+        same(newest(folder), made(10))
+
+    def test_after_damage_the_run_goes_on_over_it(self, tmp_path, capsys):
+        folder = saved(tmp_path, 10, 20, 30)
+        for step in (20, 30):
+            (folder / str(step) / "arrays" / "checkpoint" / "0").write_bytes(b"")
+        with checkpoints(folder, IDENTITY) as each:
+            same(each.newest(), made(10))
+            each.save(made(20))
+        assert " 30, 20; going on from 10.\n" in capsys.readouterr().err
+        assert sorted(os.listdir(folder)) == ["10", "20"]
+        same(newest(folder), made(20))
+
+    def test_where_all_are_damaged_a_line_says_so_and_nothing_is_deleted(self, tmp_path):
+        folder = saved(tmp_path, 10, 20)
+        for step in (10, 20):
+            (folder / str(step) / "record" / "metadata").unlink()
+        before = files_of(folder)
+        assert refused(folder) == (
+            f"--checkpoint-dir: got {folder}, where every checkpoint is damaged (20, 10); expected one that is as it "
+            f"was written; remove them to start again, or choose another --checkpoint-dir."
+        )
+        assert files_of(folder) == before
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            ({"--lr": 0.2}, "--lr: got 0.2; expected 0.1"),
+            ({"--lr": 0.2, "--hidden": (7,)}, "--hidden: got 7; expected 6,5"),
+            ({"--data": "examples 3c4d"}, "--data: got examples 3c4d; expected examples 1a2b"),
+        ],
+    )
+    def test_another_run_is_refused_by_the_first_option_that_differs(self, tmp_path, other, message):
+        folder = saved(tmp_path, 10)
+        before = files_of(folder)
+        assert refused(folder, IDENTITY | other) == (
+            f"{message}, as in the checkpoints in {folder}; pass the same again, or choose another --checkpoint-dir."
+        )
+        assert files_of(folder) == before
+
+    def test_a_file_in_the_place_of_the_folder(self, tmp_path):
+        (file := tmp_path / "file").write_bytes(b"")
+        assert refused(file) == f"--checkpoint-dir: got {file} (File exists); {WRITABLE}"
+
+    def test_a_folder_that_cannot_be_written_to(self, tmp_path, monkeypatch):
+        def closed(*args, **kwargs):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        monkeypatch.setattr("jbn.cli.checkpoints.tempfile.TemporaryFile", closed)
+        assert refused(tmp_path) == f"--checkpoint-dir: got {tmp_path} (Permission denied); {WRITABLE}"
+
+
+class TestFullDisk:
+    # Files may have so many bytes: none at all for the record, or too few for the arrays.
+    @pytest.mark.parametrize("limit", [30, 450])
+    def test_it_is_one_line_and_what_was_saved_before_stays(self, tmp_path, limit):
+        folder = saved(tmp_path, 10)
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1])\n"
+            "from pathlib import Path\n"
+            "from support.saved_checkpoints import IDENTITY, checkpoints, limit_files, made\n"
+            "from jbn.cli import BadInput\n"
+            "with checkpoints(Path(sys.argv[2]), IDENTITY) as each:\n"
+            "    limit_files(int(sys.argv[3]))\n"
+            "    try: each.save(made(400))\n"
+            "    except BadInput as error: print(error)\n"
+        )
+        command = [sys.executable, "-c", code, Path(__file__).parents[1], folder, str(limit)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == (
+            f"--checkpoint-dir: got {folder} (File too large); expected room for 4 checkpoints; make room, and start "
+            f"again to go on from the last one that is whole.\n"
+        )
+        assert os.listdir(folder) == ["10"]
+        same(newest(folder), made(10))

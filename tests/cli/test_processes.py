@@ -1,0 +1,189 @@
+"""Runs of several processes on this machine: as one of a single process, and what is left when one ends early."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from support.saved_runs import two_classes
+
+pytestmark = pytest.mark.processes
+
+SMALL = ("--batch-size", "16", "--epochs", "1", "--hidden", "4", "--accumulate", "2")
+ENDLESS = ("--batch-size", "16", "--epochs", "100000", "--hidden", "4", "--no-compare")
+AGAIN = "expected all of them to stay to the end; start them all again, with the same options."
+
+
+@pytest.fixture
+def data(tmp_path):
+    return two_classes(tmp_path)
+
+
+class Run:
+    """Processes that train together, each with its output in files."""
+
+    def __init__(self, folder, count, arguments, own=None):
+        self.folder = folder
+        with socket.create_server(("localhost", 0)) as free:
+            address = f"localhost:{free.getsockname()[1]}"
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        self.all = []
+        # Where the tests run in the background they ignore Ctrl-C, and so would what they start.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        for i in range(count):
+            several = ("--coordinator", address, "--num-processes", count, "--process-id", i)
+            command = [sys.executable, "-m", "jbn", "train", *map(str, (*several, *arguments, *(own or {}).get(i, ())))]
+            with open(folder / f"{i}.out", "w") as out, open(folder / f"{i}.err", "w") as err:
+                self.all.append(
+                    subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
+                )
+        signal.signal(signal.SIGINT, before)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.all:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+    def codes(self, timeout):
+        """Exit codes, when all have ended."""
+        deadline = time.monotonic() + timeout
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.all]
+
+    def printed(self, which):
+        return [(self.folder / f"{i}.{which}").read_text() for i in range(len(self.all))]
+
+    def wait_for(self, found, timeout=90):
+        deadline = time.monotonic() + timeout
+        while not found():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in self.all), self.printed("err")
+            time.sleep(0.05)
+
+
+def losses(folder):
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    return [history[name]["loss"] + history[name]["test_loss"] for name in ("with", "without")]
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+def test_processes_train_as_one_does_and_the_first_alone_speaks(data, tmp_path, processes, devices):
+    alone = [sys.executable, "-m", "jbn", "train", "--data", str(data), *SMALL, "--out", str(tmp_path / "one")]
+    subprocess.run(alone, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    (tmp_path / "logs").mkdir()
+    arguments = ("--data", data, *SMALL, "--devices", devices, "--out", tmp_path / "many")
+    with Run(tmp_path / "logs", processes, arguments) as run:
+        assert run.codes(120) == [0] * processes, run.printed("err")
+    document, *others = run.printed("out")
+    assert others == [""] * (processes - 1)
+    assert run.printed("err") == [""] * processes
+    printed = json.loads(document)
+    assert [printed[key] for key in ("devices", "processes", "stats")] == [4, processes, "global"]
+    np.testing.assert_allclose(losses(tmp_path / "many"), losses(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+    assert sorted(os.listdir(tmp_path / "many")) == sorted(os.listdir(tmp_path / "one"))
+    assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs", "many", "one"]
+
+
+@pytest.mark.parametrize("victim", [0, 2], ids=["the coordinator", "another"])
+def test_when_one_is_killed_all_others_end_with_a_line_that_says_so(data, tmp_path, victim):
+    (tmp_path / "logs").mkdir()
+    with Run(tmp_path / "logs", 4, ("--data", data, *ENDLESS, "--out", tmp_path / "out")) as run:
+        run.wait_for(lambda: any(path.name.startswith(".jbn-") for path in tmp_path.iterdir()))
+        time.sleep(5)  # they are training by now
+        run.all[victim].kill()
+        codes = run.codes(60)
+    assert codes == [-signal.SIGKILL if i == victim else 2 for i in range(4)]
+    for i, err in enumerate(run.printed("err")):
+        if i != victim:
+            last = err.splitlines()[-1]
+            assert last.startswith(f"jbn: --process-id: got process {i} of 4 ")
+            assert last.endswith(AGAIN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_in_one_process_ends_it_as_always_and_the_others_with_a_line(data, tmp_path):
+    (tmp_path / "logs").mkdir()
+    with Run(tmp_path / "logs", 2, ("--data", data, *ENDLESS, "--out", tmp_path / "out")) as run:
+        run.wait_for(lambda: any(path.name.startswith(".jbn-") for path in tmp_path.iterdir()))
+        time.sleep(3)
+        run.all[0].send_signal(signal.SIGINT)
+        assert run.codes(60) == [130, 2]
+    assert run.printed("err")[0].splitlines()[-1] == "jbn: interrupted."
+    assert run.printed("err")[1].splitlines()[-1].endswith(AGAIN)
+    assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs"]
+
+
+@pytest.mark.parametrize("finder", [0, 1])
+def test_bad_input_that_one_process_finds_ends_all_of_them_alike(data, tmp_path, finder):
+    (tmp_path / "logs").mkdir()
+    wrong = {0: ("--out", data), 1: ("--data", tmp_path / "none.npz")}[finder]
+    arguments = ("--data", data, *SMALL, "--out", tmp_path / "out")
+    with Run(tmp_path / "logs", 2, arguments, {finder: wrong}) as run:
+        assert run.codes(60) == [2, 2]
+    first, second = run.printed("err")
+    assert first == second
+    assert first.count("\n") == 1
+    assert first.startswith(f"jbn: {wrong[0]}: got ")
+    assert run.printed("out") == ["", ""]
+    assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs"]
+
+
+def test_data_that_are_not_the_same_everywhere_are_refused(data, tmp_path):
+    (tmp_path / "logs").mkdir()
+    other = tmp_path / "other.npz"
+    np.savez(other, x=np.random.default_rng(1).normal(size=(90, 3)), y=np.arange(90) % 2)
+    arguments = ("--data", data, *SMALL, "--out", tmp_path / "out")
+    with Run(tmp_path / "logs", 2, arguments, {1: ("--data", other)}) as run:
+        assert run.codes(60) == [2, 2]
+    message = (
+        "jbn: --data: got something else in process 1 than in process 0; expected the same everywhere; "
+        "give all processes the same.\n"
+    )
+    assert run.printed("err") == [message] * 2
+
+
+@pytest.mark.parametrize("process", [0, 1], ids=["nobody comes", "nobody is there"])
+def test_a_process_that_meets_no_other_says_so_in_time(tmp_path, process):
+    with socket.create_server(("localhost", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+    command = ["--num-processes", "2", "--process-id", str(process), "--timeout", "2", "--coordinator"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jbn", "train", *command, address],
+        capture_output=True,
+        text=True,
+        timeout=40,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    met = f"jbn: --coordinator: got {address}, where process {process} did not meet all 2 processes within 2 s; "
+    assert done.stderr.startswith(met)
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--lr", "0.5", "--lr: got 0.5 in process 1; expected 1.0, as in process 0; start all processes alike."),
+        ("--num-processes", "4", "--num-processes: got 4 in process 1; expected 2, as in process 0; start all"),
+        ("--process-id", "0", "--coordinator: got localhost:"),
+    ],
+)
+def test_processes_that_were_not_told_the_same_end_alike(data, tmp_path, option, value, message):
+    (tmp_path / "logs").mkdir()
+    arguments = ("--data", data, *SMALL, "--timeout", "10", "--out", tmp_path / "out")
+    with Run(tmp_path / "logs", 2, arguments, {1: (option, value)}) as run:
+        assert run.codes(60) == [2, 2]
+    for err in run.printed("err"):
+        assert err.count("\n") == 1
+        assert err.startswith(f"jbn: {message}")
+    assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs"]

@@ -1,0 +1,38 @@
+"""Checkpoints that hold every kind of array of a run, and a disk that has no room for more."""
+
+import resource
+import signal
+
+import numpy as np
+
+from jbn.cli.checkpoints import Checkpoint, checkpoints
+
+IDENTITY = {"--norm": "z", "--hidden": (6, 5), "--lr": 0.1, "--data": "examples 1a2b"}
+
+
+def made(step):
+    """A checkpoint with every kind of array that a run holds."""
+    rng = np.random.default_rng(step)
+    loss = rng.normal(size=step).astype(np.float32)
+    loss[0] = np.nan
+    arrays = {
+        "train_state/params/0/W": rng.normal(size=(6, 5)).astype(np.float32),
+        "train_state/step": np.asarray(step, np.int32),
+        "loss": loss,
+        "skipped": np.isnan(loss),
+        "epochs/test_accuracy": rng.uniform(size=step // 10),
+    }
+    return Checkpoint(step, arrays)
+
+
+def saved(folder, *steps, identity=IDENTITY):
+    with checkpoints(folder, identity) as each:
+        for step in steps:
+            each.save(made(step))
+    return folder
+
+
+def limit_files(size):
+    """The nearest thing to a full disk that needs no rights: no file of this process may grow beyond a size."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
