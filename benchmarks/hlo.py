@@ -9,6 +9,7 @@ with S(n), n > 0) and workspaces (u8) count nothing.
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _FREE = {
@@ -67,6 +68,15 @@ class Program:
     def cost(self) -> Cost:
         return self._cost(self.entry)
 
+    def on_the_way(self, name: str = "") -> Iterator[Instruction]:
+        """All instructions, those of loops and calls included, and of a conditional those of its cheapest branch."""
+        for instruction in self.computations[name or self.entry].values():
+            yield instruction
+            if instruction.op == "conditional":
+                yield from self.on_the_way(min(_branches(instruction), key=self._cost))
+            elif instruction.op in ("call", "while"):
+                yield from self.on_the_way(_CALLED.findall(instruction.attributes)[-1])
+
     def _cost(self, name: str) -> Cost:
         computation = self.computations[name]
         return sum((self._of(i, computation) for i in computation.values()), Cost(0, 0))
@@ -82,9 +92,7 @@ class Program:
             times = int(trips[1]) if trips else 1
             return Cost(times * body.bytes, times * body.kernels)
         if op == "conditional":
-            branches = _BRANCHES.search(instruction.attributes)
-            names = [n.strip().lstrip("%") for n in branches[1].split(",")] if branches else called
-            return min(self._cost(n) for n in names)
+            return min(self._cost(n) for n in _branches(instruction))
         if op in ("call", "async-start"):
             return self._cost(called[0])
         if op == "copy-start":  # a tuple of the target, the source again, and a token
@@ -114,6 +122,11 @@ class Program:
         if users and all(i.op in _SLICES and i.operands[0] == parameter for i in users):
             return sum(_bytes(i.type, everywhere=True) for i in users)
         return size
+
+
+def _branches(conditional: Instruction) -> list[str]:
+    listed = _BRANCHES.search(conditional.attributes)
+    return re.findall(r"[\w.\-]+", listed[1]) if listed else _CALLED.findall(conditional.attributes)
 
 
 def _instruction(name: str, rest: str) -> Instruction | None:

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn._pool
-from jbn import BNParams, bn_apply
+from jbn import BNParams, BNState, bn_apply
 
 TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:16x16x16")
 
@@ -42,8 +42,8 @@ def _resnet_50() -> tuple[int, ...]:
 
 
 PROGRAMS = {"one of 256 channels": (256,), "ResNet-50, 26 560 channels": _resnet_50()}
-# Up to how many chips moments are gathered; None leaves it as it is in the library.
-WAYS: dict[str, int | None] = {"gathered": sys.maxsize, "summed": 1}
+# Whether there is a state, whose mean is the shift of all chips; and else up to how many of them moments are gathered.
+WAYS = {"one shift": (True, 0), "gathered": (False, sys.maxsize), "summed": (False, 1)}
 STANDARD = jbn._pool._MOST_GATHERED
 
 ABOUT = f"""\
@@ -52,7 +52,9 @@ which moves nothing between chips. Backward is for x alone: the gradients of γ 
 other parameters. Of n bytes of a result over D chips, each chip receives n·(D−1)/D in an all-gather and twice
 that in an all-reduce, which is a reduce-scatter and an all-gather.
 
-The library gathers up to {STANDARD} chips and sums above."""
+With a state that all chips share, as in training, their sums are about its mean and are simply added up ("one shift");
+a second read and its sum are in a branch that ordinary data does not take, and are not counted. Without a state the
+library gathers up to {STANDARD} chips and sums above."""
 
 
 @dataclasses.dataclass
@@ -61,7 +63,7 @@ class Row:
     topology: str
     chips: int
     way: str
-    standard: bool  # whether the library goes this way for that many chips
+    standard: bool  # whether the library goes this way in training
     forward: dict[str, int] | None = None  # collectives by kind
     backward: dict[str, int] | None = None
     forward_bytes: float | None = None  # that each chip receives
@@ -69,38 +71,41 @@ class Row:
     error: str = ""
 
 
-def network(params: list[BNParams], x: jax.Array) -> jax.Array:
+def network(params: list[BNParams], states: list[BNState | None], x: jax.Array) -> jax.Array:
     """One batch norm after the other; widths are changed by repetition and by cutting off."""
-    for layer in params:
+    for layer, state in zip(params, states, strict=True):
         width = layer.gamma.size
         x = jnp.tile(x, (1, -(-width // x.shape[1])))[:, :width]
-        x, _ = bn_apply(layer, None, x, train=True, axis_name="data")
+        x, _ = bn_apply(layer, state, x, train=True, axis_name="data")
         x = jax.nn.relu(x)
     return x
 
 
-def forward_backward(params: list[BNParams], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y, pullback = jax.vjp(lambda x: network(params, x), x)
+def forward_backward(params: list[BNParams], states: list[BNState | None], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y, pullback = jax.vjp(lambda x: network(params, states, x), x)
     return y, pullback(jnp.cos(y))[0]
 
 
-def traffic(fn: Any, mesh: Any, widths: tuple[int, ...]) -> tuple[dict[str, int], float]:
+def traffic(fn: Any, mesh: Any, widths: tuple[int, ...], stateful: bool) -> tuple[dict[str, int], float]:
     """Collectives by kind, and the bytes that each chip receives."""
 
-    def array(spec, *shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    def array(spec, *shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def state(width):
+        return BNState(array(P(), width), array(P(), width), array(P(), width, dtype=jnp.int32)) if stateful else None
 
     out_specs = (P("data"), P("data")) if fn is forward_backward else P("data")
-    shards = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P("data")), out_specs=out_specs)
-    params = [BNParams(array(P(), n), array(P(), n)) for n in widths]
-    text = jax.jit(shards).lower(params, array(P("data"), 2 * mesh.size, widths[0])).compile().as_text()
+    shards = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=out_specs)
+    params, states = [BNParams(array(P(), n), array(P(), n)) for n in widths], [state(n) for n in widths]
+    text = jax.jit(shards).lower(params, states, array(P("data"), 2 * mesh.size, widths[0])).compile().as_text()
     return received(Program(text), mesh.size)
 
 
 def received(program: Program, chips: int) -> tuple[dict[str, int], float]:
     """Collectives by kind, and bytes; an asynchronous one is counted where it ends."""
     kinds, total = Counter[str](), 0.0
-    for instruction in (i for body in program.computations.values() for i in body.values()):
+    for instruction in program.on_the_way():
         op = instruction.op.removesuffix("-done")
         passes = {"all-gather": 1, "all-reduce": 2}.get(op)
         if passes:
@@ -122,11 +127,11 @@ def _bytes(type_: str) -> int:
 
 
 def measure(row: Row, mesh: Any, widths: tuple[int, ...]) -> None:
-    jbn._pool._MOST_GATHERED = WAYS[row.way]
+    stateful, jbn._pool._MOST_GATHERED = WAYS[row.way]
     jax.clear_caches()  # what was traced went the other way
     try:
-        row.forward, row.forward_bytes = traffic(network, mesh, widths)
-        both, both_bytes = traffic(forward_backward, mesh, widths)
+        row.forward, row.forward_bytes = traffic(network, mesh, widths, stateful)
+        both, both_bytes = traffic(forward_backward, mesh, widths, stateful)
     finally:
         jbn._pool._MOST_GATHERED = STANDARD
     row.backward, row.backward_bytes = dict(Counter(both) - Counter(row.forward)), both_bytes - row.forward_bytes
@@ -175,7 +180,7 @@ def main() -> None:
             continue
         for name, widths in list(PROGRAMS.items())[: 1 if options.quick else None]:
             for way in WAYS:
-                standard = (way == "gathered") == (mesh.size <= STANDARD)
+                standard = way == "one shift"
                 rows.append(row := Row(name, topology, mesh.size, way, standard))
                 try:
                     measure(row, mesh, widths)
