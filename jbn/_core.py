@@ -323,10 +323,10 @@ def _bn_update(options, state, stats, left):
     w = _share_of_batch(count, jnp.asarray(left, mean.dtype), debias)
 
     def moved(running, batch):
-        return lax.stop_gradient(jnp.where(w == 1, batch, (1 - w) * running + w * batch))
+        return lax.stop_gradient(lax.select(w == 1, batch, (1 - w) * running + w * batch))
 
     new = (moved(running_mean, mean), moved(running_var, var), count)
-    kept = (jnp.where(usable, now, old) for now, old in zip(new, (running_mean, running_var, updates), strict=True))
+    kept = (lax.select(usable, now, old) for now, old in zip(new, (running_mean, running_var, updates), strict=True))
     return BNState(*(laid_out_like(v, old) for v, old in zip(kept, state, strict=True)))
 
 

@@ -23,8 +23,8 @@ _MOST_CANCELLED = 16
 # One value in so many is in a sample. The mean of a fraction f of the values is within σ·√((1−f)/f) of μ whichever
 # they are (Cauchy–Schwarz), so that no more than log2(1/f) bits cancel: four, on the worst data there is.
 _SPARSITY = 16
-# Squares about a shift are summed of values scaled by this power of 2: about a sample's mean their sum may be 16 times
-# as large as m·σ², and shall not overflow before that does.
+# About a sample's mean the sum of squares may be 16 times as large as m·σ², and shall not overflow before that does: so
+# values are scaled by this power of 2 before they are squared.
 _DOWN = 2.0**-3
 # Below so many values a second read costs next to nothing.
 _SMALL = 2**12
@@ -83,7 +83,7 @@ def measure(
             about_zero = two_reads if raw_sums_are_rough(x, reduce_axes) else partial(_known_shift, over, _from_zero)
         about_known = about_sample
         if known is not None:
-            known = laid_out_like(jnp.broadcast_to(known.astype(dtype), count.shape), count)
+            known = _finite(laid_out_like(jnp.broadcast_to(known.astype(dtype), count.shape), count))
             about_known = partial(_known_shift, over, _from_known)
     return way_by_platform(x, mask, count, known, zero=about_zero, known=about_known, sample=about_sample)
 
@@ -102,7 +102,7 @@ def _count(x, mask, reduce_axes, dtype):
 def _as_moments(sums, count):
     """The variance is never negative, and inf where its sum overflows."""
     shift, mean, square = sums
-    var = jnp.where(square < jnp.inf, jnp.maximum(square - lax.square(mean), 0), square)
+    var = lax.select(square < jnp.inf, jnp.maximum(square - lax.square(mean), 0), square)
     return Moments(shift, mean, var, count)
 
 
@@ -113,21 +113,25 @@ def _pooled(over, way, x, mask, count, _):
 
 
 def _two_reads(axes, x, mask, share):
-    mean = jnp.sum(_selected(x.astype(share.dtype), mask), axes) * share
-    return _about(axes, _selected, x, mask, share, _finite(mean))
+    shift = _finite(jnp.sum(_selected(x.astype(share.dtype), mask), axes) * share)
+    mean, squares = _about(axes, _selected, x, mask, share, shift)
+    return _Sums(shift, mean, squares * share)
 
 
 def _about_sample(axes, x, mask, share):
-    return _about(axes, _selected, x, mask, share, _finite(_sample_mean(x, axes, share.dtype)))
+    shift = _finite(_sample_mean(x, axes, share.dtype))
+    mean, squares = _about(axes, _selected, x, mask, share, shift, down=_DOWN)
+    return _Sums(shift, mean, squares * (share / _DOWN**2))
 
 
-def _about(axes, shown, x, mask, share, shift):
-    """Sums about a shift; of values that were scaled before, where the sums might overflow otherwise."""
+def _about(axes, shown, x, mask, share, shift, down=None):
+    """The mean of x − shift, each value weighted by ``share``, and the sum of squares of (x − shift)·down."""
     (x1, mask1, shift1), (x2, mask2, shift2) = unshared(((x, mask, shift),) * 2)
-    scaled = (x1.astype(share.dtype) - lax.expand_dims(shift1, axes)) * lax.expand_dims(share, axes)
-    apart = (x2.astype(share.dtype) - lax.expand_dims(shift2, axes)) * _DOWN
-    mean = jnp.sum(shown(scaled, mask1), axes)
-    return _Sums(shift, mean, jnp.sum(lax.square(shown(apart, mask2)), axes) * (share / _DOWN**2))
+    # Scaled before they are added up, values do not overflow.
+    first = (x1.astype(share.dtype) - lax.expand_dims(shift1, axes)) * lax.expand_dims(share, axes)
+    second = x2.astype(share.dtype) - lax.expand_dims(shift2, axes)
+    second = second if down is None else second * down
+    return jnp.sum(shown(first, mask1), axes), jnp.sum(lax.square(shown(second, mask2)), axes)
 
 
 def _known_shift(over, way, x, mask, count, known):
@@ -195,38 +199,36 @@ def _again_if_cancelled(over, again, x, mask, count, known, total, squares):
         total, squares, *counted = sum_over(jnp.stack(sent), over.names)
         count = counted[0] if counted else count * axis_total(over.names)
     share = 1 / jnp.maximum(count, 1)
-    mean, square = total * share, squares * share
+    mean, square = _finite(total * share), squares * share
     shift = filled_like(mean, 0) if known is None else as_varying(known, varying_axes(mean))
     lost = square - _MOST_CANCELLED * (square - lax.square(mean))
     harmless = jnp.max(lost, initial=-jnp.inf) <= 0  # False for NaN and inf, too
-    sums = _Sums(shift, mean, square)
-    return _as_moments(lax.cond(harmless, _as_it_is, partial(again, over), x, mask, share, sums), count)
+    sums = lax.cond(harmless, _as_it_is, partial(again, over), x, mask, share, shift, mean, squares)
+    shift, mean, squares = sums
+    return _as_moments(_Sums(shift, mean, squares * share), count)
 
 
-def _as_it_is(x, mask, share, sums):
-    return sums
+def _as_it_is(x, mask, share, shift, mean, squares):
+    return shift, mean, squares
 
 
-def _again_from_known(over, x, mask, share, sums):
-    return _added(over, _about(over.axes, _selected, x, mask, share, _finite(sums.shift + sums.mean)))
+def _again_from_known(over, x, mask, share, shift, mean, squares):
+    shift = shift + mean
+    return shift, *_over_devices(over, *_about(over.axes, _selected, x, mask, share, shift))
 
 
-def _again_from_zero(over, x, mask, share, sums):
+def _again_from_zero(over, x, mask, share, shift, mean, squares):
     if mask is None:
-        return _added(over, _about(over.axes, _selected, x, None, share, _finite(sums.mean)))
+        return mean, *_over_devices(over, *_about(over.axes, _selected, x, None, share, mean))
     # The raw sums may have met values that the mask hides and that are not finite.
     x = narrow_select(mask, x, jnp.zeros((), share.dtype))
-    mean = jnp.sum(weighted(x.astype(share.dtype), mask), over.axes) * share
-    (mean,) = _over_devices(over, mean)
-    return _added(over, _about(over.axes, weighted, x, mask, share, _finite(mean)))
-
-
-def _added(over, sums):
-    """Sums over all devices, from those of each."""
-    return _Sums(sums.shift, *_over_devices(over, sums.mean, sums.square))
+    (mean,) = _over_devices(over, jnp.sum(weighted(x.astype(share.dtype), mask), over.axes) * share)
+    mean = _finite(mean)
+    return mean, *_over_devices(over, *_about(over.axes, weighted, x, mask, share, mean))
 
 
 def _over_devices(over, *sums):
+    """Sums over all devices, from those of each."""
     return sum_over(jnp.stack(sums), over.names) if over.names else sums
 
 
@@ -236,7 +238,7 @@ def _selected(values, mask):
 
 
 def _finite(shift):
-    return jnp.where(lax.is_finite(shift), shift, 0)
+    return lax.select(lax.is_finite(shift), shift, filled_like(shift, 0))
 
 
 def _sample_mean(x, axes, dtype):

@@ -60,7 +60,7 @@ def raw_sums_are_rough(x: jax.Array, axes: tuple[int, ...]) -> bool:
     It does where summed axes lie between feature axes; elsewhere it adds in several partial sums.
     """
     kept = [a for a in range(x.ndim) if a not in axes]
-    return kept != list(range(min(kept), max(kept) + 1))
+    return bool(kept) and kept != list(range(kept[0], kept[-1] + 1))
 
 
 def weighted(values: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -61,16 +61,21 @@ def _is_door(item):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--accelerator-path",
-        action="store_true",
-        help="run what jbn does on GPUs and TPUs on the CPU: every lax.platform_dependent takes its default",
+        "--path-of",
+        choices=("gpu", "tpu"),
+        help="run on the CPU what jbn does on this platform: every lax.platform_dependent takes its branch",
     )
 
 
-def _take_the_default(*operands, default=None, **per_platform):
+def _take_branch_of(platform):
     """In place of ``lax.platform_dependent``."""
-    assert default is not None, "a choice by platform without a default cannot be forced"
-    return default(*operands)
+
+    def taken(*operands, default=None, **branches):
+        branch = branches.get("cuda" if platform == "gpu" else platform, default)
+        assert branch is not None, f"a choice by platform that leaves out {platform} cannot be forced"
+        return branch(*operands)
+
+    return taken
 
 
 class _House:
@@ -95,7 +100,7 @@ class _House:
             if not _is_door(item):
                 # In front, so that a test's own filterwarnings are applied after it and win.
                 item.add_marker(pytest.mark.filterwarnings("error"), append=False)
-        if config.getoption("--accelerator-path"):
+        if config.getoption("--path-of"):
             apart = [item for item in items if item.get_closest_marker("cpu_path")]
             config.hook.pytest_deselected(items=apart)
             items[:] = [item for item in items if item not in set(apart)]
@@ -113,8 +118,8 @@ class _House:
 
 def pytest_configure(config):
     config.pluginmanager.register(_House(), "jbn-house")
-    if config.getoption("--accelerator-path"):
-        jax.lax.platform_dependent = _take_the_default
+    if config.getoption("--path-of"):
+        jax.lax.platform_dependent = _take_branch_of(config.getoption("--path-of"))
 
 
 def pytest_sessionstart(session):
@@ -124,7 +129,8 @@ def pytest_sessionstart(session):
 
 
 def pytest_report_header(config):
-    path = ", on the accelerators' path" if config.getoption("--accelerator-path") else ""
+    platform = config.getoption("--path-of")
+    path = f", on the path of a {platform.upper()}" if platform else ""
     return f"jbn: {installed.source_of_jbn(ROOT)[0]}{path}"
 
 

@@ -62,18 +62,19 @@ def arguments(dtype, shape=LARGE):
 
 @DTYPES
 def test_the_program_of_a_layer_is_small(dtype):
+    """The jaxpr holds the ways of three platforms, two of them with a branch; the program that of one."""
     args = arguments(dtype)
-    assert 50 < equations(layer, *args) <= 170
-    assert 50 < instructions(layer, *args) <= 250
-    assert 5 < kernels(layer, *args) <= 17
+    assert 50 < equations(layer, *args) <= 215
+    assert 50 < instructions(layer, *args) <= 230
+    assert 5 < kernels(layer, *args) <= 16
 
 
 @DTYPES
 def test_the_program_of_its_gradient_is_small(dtype):
     args = arguments(dtype)
-    assert 50 < equations(gradient, *args) <= 250
+    assert 50 < equations(gradient, *args) <= 290
     assert 50 < instructions(gradient, *args) <= 340
-    assert 5 < kernels(gradient, *args) <= 21
+    assert 5 < kernels(gradient, *args) <= 20
 
 
 @DTYPES
