@@ -1,6 +1,6 @@
 """Runs a framework's own tests of its batch norm on the door: what passes with its class has to pass with ours.
 
-    python tests/doors/upstream/frameworks.py [flax ...] [--all] [-- options of pytest]
+    python tests/doors/upstream/frameworks.py [flax haiku keras] [--all] [-- options of pytest]
 
 The tests are taken from the framework's source distribution of the installed version, or from its installed
 package where they are in it, and are not kept. They run twice, in a process of their own: with the class as it
@@ -39,6 +39,7 @@ class Framework(NamedTuple):
     doors: dict[str, tuple[str, ...]]  # of each door, the places where the framework keeps the class
     environment: dict[str, str] = {}  # noqa: RUF012
     config: str | None = None  # of pytest, in the distribution
+    noticed_by: str = "__init__"  # the method in which a test is seen to make one
 
 
 FRAMEWORKS = {
@@ -68,6 +69,23 @@ FRAMEWORKS = {
         },
         config="pyproject.toml",
     ),
+    "haiku": Framework(
+        "dm-haiku",
+        False,
+        "haiku._src",
+        ("batch_norm_test.py",),
+        {"jbn.haiku.BatchNorm": ("haiku.BatchNorm", "haiku._src.batch_norm.BatchNorm")},
+        {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    ),
+    "keras": Framework(
+        "keras",
+        False,
+        "keras.src.layers.normalization",
+        ("batch_normalization_test.py",),
+        {"jbn.keras.BatchNormalization": ("keras.src.layers.BatchNormalization", "keras.layers.BatchNormalization")},
+        {"KERAS_BACKEND": "jax"},
+        noticed_by="build",  # Keras reads the signature of __init__
+    ),
 }
 
 # What the runs are told, in environment variables: the framework, whether its class is exchanged, a file of the
@@ -95,10 +113,10 @@ class Plugin:
                 found = getattr(*_look_up(door))
                 for module, attribute in where:
                     setattr(module, attribute, found)
-            self._watch(found)
+            self._watch(found, framework.noticed_by)
 
-    def _watch(self, watched):
-        name = "__post_init__" if hasattr(watched, "__post_init__") else "__init__"
+    def _watch(self, watched, method):
+        name = "__post_init__" if hasattr(watched, "__post_init__") else method
         made = getattr(watched, name)
 
         @functools.wraps(made)
@@ -141,6 +159,7 @@ def pytest_configure(config):
 def _fetch(framework: Framework, scratch: Path) -> Path:
     """The folder that holds the framework's tests."""
     if not framework.packed:
+        os.environ.update(framework.environment)  # to find a package imports those that it is in
         spec = importlib.util.find_spec(framework.folder)
         return Path(spec.submodule_search_locations[0])
     version = importlib.metadata.version(framework.distribution)
