@@ -100,7 +100,7 @@ def test_counts_go_on_where_those_of_float32_stand_still():
 
 
 def test_the_old_statistics_do_not_leak_in():
-    old = BNState(jnp.full(C, 1e6), jnp.full(C, 1e9), jnp.full(C, 10**6, jnp.int32))
+    old = BNState(*(jnp.full(C, v, jnp.float32) for v in (1e6, 1e9)), jnp.full(C, 10**6, jnp.int32))
     x = data()
     assert_exact(bn_calibrate(measured, PARAMS, old, np.split(x, 4)), x, 4)
 
