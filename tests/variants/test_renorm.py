@@ -74,7 +74,8 @@ def test_outputs_are_those_of_algorithm_1_and_statistics_those_of_the_batch(limi
     params, state, x, _ = problem()
     y, stats = bn_apply(params, state, x, train=True, renorm=limits, mask=mask)
     assert_close(y, algorithm_1(params, state, x, limits, mask))
-    assert_same_bits(stats, bn_apply(params, None, x, train=True, mask=mask)[1])
+    # In its last bits a statistic may depend on the state, which may be the shift of the sums.
+    assert_close(stats, bn_apply(params, None, x, train=True, mask=mask)[1])
 
 
 def test_the_problem_reaches_every_branch_of_the_limits():
@@ -148,9 +149,9 @@ def test_a_channel_that_has_averaged_nothing_is_plain():
     params, state, x, _ = problem()
     y, _ = bn_apply(params, state, x, train=True, renorm=LIMITS["infinite"])
     alone, _ = bn_apply(params, None, x, train=True)
-    np.testing.assert_array_equal(y[:, 3], alone[:, 3])
+    assert_close(y[:, 3], alone[:, 3])
     empty = state._replace(count=jnp.zeros(C, jnp.int32), mean=jnp.full(C, jnp.nan))
-    np.testing.assert_array_equal(bn_apply(params, empty, x, train=True, renorm=LIMITS["infinite"])[0], alone)
+    assert_close(bn_apply(params, empty, x, train=True, renorm=LIMITS["infinite"])[0], alone)
 
 
 def test_without_limits_it_is_evaluation_with_the_running_statistics():
@@ -227,7 +228,7 @@ def test_a_nan_stays_in_its_channel():
     clean, _ = bn_apply(params, state, x, train=True, renorm=LIMITS["wide"])
     assert np.isnan(y[:, 2]).all()
     kept = np.array([0, 1, 3])
-    np.testing.assert_array_equal(y[:, kept], clean[:, kept])
+    assert_close(y[:, kept], clean[:, kept])
     np.testing.assert_array_equal(bn_update_stats(state, stats).count, [2, 6, 9, 1])
 
 
