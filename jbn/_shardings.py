@@ -19,6 +19,7 @@ Spec = tuple[Any, ...]  # for each axis of an array: the mesh axis it is split o
 
 __all__ = [
     "Spec",
+    "cut",
     "filled_like",
     "for_product",
     "laid_out_like",
@@ -93,6 +94,18 @@ def sharding_of(x: jax.Array, spec: Iterable[Any]) -> NamedSharding | None:
 def _names(*entries: Any) -> set[Any]:
     """The mesh axes that entries of a spec speak of."""
     return {n for e in entries if e is not None for n in (e if isinstance(e, tuple) else (e,))}
+
+
+def cut(x: jax.Array, blocks: Any, size: Any, *, between: bool) -> jax.Array:
+    """(blocks, size, …): the leading axis in blocks, split over an explicit mesh as before.
+
+    It is split ``between`` blocks if that is wanted and their number allows it, else within them, else not at all.
+    """
+    parts = parts_along(x, 0)
+    entry, *rest = spec_of(x)
+    between = between and (parts == 1 or blocks % parts == 0)
+    leading = (entry, None) if between else (None, entry if size % parts == 0 else None)
+    return reshaped(x, (blocks, size, *x.shape[1:]), (*leading, *rest))
 
 
 def _mesh(*arrays: Any) -> Any:

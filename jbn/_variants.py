@@ -9,7 +9,7 @@ from jax import lax
 from jbn._normalize import Layout
 from jbn._pool import Moments
 from jbn._pytrees import BNState
-from jbn._shardings import laid_out_like, parts_along, reshaped, spec_of
+from jbn._shardings import cut, laid_out_like, reshaped, spec_of
 
 __all__ = ["in_blocks", "out_of_blocks", "renormalized"]
 
@@ -22,17 +22,11 @@ def in_blocks(layout: Layout, x: jax.Array, mask: jax.Array | None) -> tuple[Lay
     """
     reduce_axes = tuple(a + 1 for a in layout.reduce_axes)
     inner = layout._replace(reduce_axes=reduce_axes, names=(), groups=None, ghost_size=None)
-    cut = None if mask is None else _cut(mask, 1 if mask.shape[0] == 1 else layout.ghost_size)
-    return inner, _cut(x, layout.ghost_size), cut
-
-
-def _cut(x, size):
-    """(blocks, size, …): on an explicit mesh split between blocks, or else within them, or else not at all."""
-    blocks, parts = x.shape[0] // size, parts_along(x, 0)
-    entry, *rest = spec_of(x)
-    between = parts == 1 or blocks % parts == 0
-    leading = (entry, None) if between else (None, entry if size % parts == 0 else None)
-    return reshaped(x, (blocks, size, *x.shape[1:]), (*leading, *rest))
+    size: Any = layout.ghost_size
+    blocks = (x.shape[0] // size, size)
+    if mask is not None:
+        mask = cut(mask, *((1, 1) if mask.shape[0] == 1 else blocks), between=True)
+    return inner, cut(x, *blocks, between=True), mask
 
 
 def out_of_blocks(y: jax.Array, like: jax.Array) -> jax.Array:

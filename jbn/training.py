@@ -14,7 +14,7 @@ from jbn._collectives import as_device_share, axis_total, mean_gradient
 from jbn._core import bn_update_stats
 from jbn._pool import Moments, as_stats, bn_merge_stats, pool_over_devices
 from jbn._pytrees import BNStats
-from jbn._shardings import laid_out_like, parts_along, reshaped, spec_of
+from jbn._shardings import cut, filled_like, laid_out_like
 
 __all__ = ["TrainState", "make_train_step"]
 
@@ -183,9 +183,7 @@ def _mean_gradient(objective, params, bn_state, micro, parts, names):
     if parts == 1:
         (loss, stats), grads = gradient(own, bn_state, jax.tree.map(lambda leaf: leaf[0], micro))
     else:
-        zeros = jax.tree.map(
-            lambda p: as_device_share(jnp.zeros(p.shape, _checks.compute_dtype(p.dtype)), names), params
-        )
+        zeros = jax.tree.map(lambda p: filled_like(p, 0, _checks.compute_dtype(p.dtype)), own)
         total, (losses, stacked) = lax.scan(one, zeros, micro)
         loss, stats = jnp.mean(losses), bn_merge_stats(stacked, axis=0)
         grads = jax.tree.map(lambda t, p: (t / parts).astype(p.dtype), total, params)
@@ -222,14 +220,7 @@ def _split(batch: Any, parts: int) -> Any:
             f"accumulate: got {parts} for a batch of {size}; expected a divisor of the batch size; "
             f"use another accumulate, or leave the last, short batch out."
         )
-    return jax.tree.map(lambda leaf: _cut(leaf, parts, size // parts), batch)
-
-
-def _cut(leaf: jax.Array, parts: int, size: int) -> jax.Array:
-    """(parts, size, …): on an explicit mesh each microbatch is split as the batch was, if its size allows it."""
-    entry, *rest = spec_of(leaf)
-    entry = entry if size % parts_along(leaf, 0) == 0 else None
-    return reshaped(leaf, (parts, size, *leaf.shape[1:]), (None, entry, *rest))
+    return jax.tree.map(lambda leaf: cut(leaf, parts, size // parts, between=False), batch)
 
 
 def _as_loss(loss: Any) -> jax.Array:
