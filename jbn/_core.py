@@ -201,7 +201,7 @@ def _bn_train(whole, params, state, x, eps, mask, limits):
         layout, x, mask = in_blocks(whole, x, mask)
     known = None if state is None else state.mean
     moments = measure(x, mask, layout.reduce_axes, dtype, names=layout.names, groups=layout.groups, known=known)
-    gamma, beta, eps = _filled(params, eps, moments)
+    gamma, beta, eps = _as_vectors(params, eps, moments)
     if limits is not None:
         gamma, beta = renormalized(gamma, beta, eps, moments, state, limits)
     y, moments = normalize(layout, x, gamma, beta, eps, moments, mask)
@@ -221,7 +221,7 @@ def _bn_evaluate(layout, params, state, x, eps, mask):
     mean, var = state.mean.astype(dtype), state.var.astype(dtype)
     nothing = filled_like(mean, 0)
     moments = Moments(mean, nothing, var, nothing)
-    gamma, beta, eps = _filled(params, eps, moments)
+    gamma, beta, eps = _as_vectors(params, eps, moments)
     y, moments = normalize(layout, x, gamma, beta, eps, moments, mask)
     return y, as_stats(moments)
 
@@ -249,7 +249,7 @@ def _aligned(layout, x, mask, params, state):
     return x, mask, *jax.tree.map(along_features, (params, state))
 
 
-def _filled(params, eps, moments):
+def _as_vectors(params, eps, moments):
     """γ (1 where it was left out), β (0 where it was), and ε, in the shape, dtype and layout of the moments."""
     like = moments.mean_hi
     gamma, beta = (

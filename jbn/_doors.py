@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._collectives import sum_over
-from jbn._core import apply_unchecked, bn_update_stats
+from jbn._core import apply_unchecked
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState, BNStats
 from jbn._shardings import laid_out_like
@@ -21,7 +21,6 @@ __all__ = [
     "blended",
     "exchanged",
     "feature_axes",
-    "keras_average",
     "keras_renorm",
     "missing",
     "normalized",
@@ -37,17 +36,6 @@ def missing(door: str, package: str, extra: str) -> ModuleNotFoundError:
     return ModuleNotFoundError(
         f"jbn.{door}: got no package {package}; expected it to be installed; run pip install 'jbn[{extra}]'."
     )
-
-
-def keras_average(mean: jax.Array, var: jax.Array, stats: BNStats, momentum: float) -> BNState:
-    """Keras's moving averages: d·running + (1−d)·batch, with no correction of the start, nor of the variance.
-
-    They come in the dtype of the statistics. ``count`` is 1 where a channel was averaged, and 0 where it was left
-    as it was, since its batch held nothing or something that is not finite.
-    """
-    dtype = stats.mean.dtype
-    state = BNState(mean.astype(dtype), var.astype(dtype), jnp.zeros(mean.shape, jnp.int32))
-    return bn_update_stats(state, stats, momentum=momentum, debias=False, unbiased=False)
 
 
 def keras_renorm(

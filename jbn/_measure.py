@@ -25,7 +25,7 @@ _MOST_CANCELLED = 16
 _SPARSITY = 16
 # About a sample's mean the sum of squares may be 16 times as large as m·σ², and shall not overflow before that does: so
 # values are scaled by this power of 2 before they are squared.
-_DOWN = 2.0**-3
+_SQUARES_SCALE = 2.0**-3
 # Below so many values a second read costs next to nothing.
 _SMALL = 2**12
 
@@ -75,11 +75,11 @@ def measure(
     x, known = lax.stop_gradient((x, known))
     over = _Extent(reduce_axes, names, groups)
     count = _count(x, mask, reduce_axes, dtype)
-    two_reads = partial(_pooled, over, _two_reads)
+    two_reads = partial(_pooled_over_shards, over, _two_reads)
     about_zero = about_known = about_sample = two_reads
     if all(isinstance(n, int) for n in x.shape):  # an exported size may be open
         if x.size >= _SMALL:
-            about_sample = two_reads if mask is not None else partial(_pooled, over, _about_sample)
+            about_sample = two_reads if mask is not None else partial(_pooled_over_shards, over, _about_sample)
             about_zero = two_reads if raw_sums_are_rough(x, reduce_axes) else partial(_known_shift, over, _from_zero)
         about_known = about_sample
         if known is not None:
@@ -106,7 +106,7 @@ def _as_moments(sums, count):
     return Moments(shift, mean, var, count)
 
 
-def _pooled(over, way, x, mask, count, _):
+def _pooled_over_shards(over, way, x, mask, count, _):
     """The moments of all shards, from those of each."""
     local = way(over.axes, x, mask, 1 / jnp.maximum(count, 1))
     return pool_over_devices(_as_moments(local, count), over.names, over.groups, equal=mask is None)
@@ -120,8 +120,8 @@ def _two_reads(axes, x, mask, share):
 
 def _about_sample(axes, x, mask, share):
     shift = _finite(_sample_mean(x, axes, share.dtype))
-    mean, squares = _about(axes, _selected, x, mask, share, shift, down=_DOWN)
-    return _Sums(shift, mean, squares * (share / _DOWN**2))
+    mean, squares = _about(axes, _selected, x, mask, share, shift, down=_SQUARES_SCALE)
+    return _Sums(shift, mean, squares * (share / _SQUARES_SCALE**2))
 
 
 def _about(axes, shown, x, mask, share, shift, down=None):
@@ -160,7 +160,7 @@ def _one_read(over, way):
     def batched(size, is_batched, x, mask, count, known):
         differ = is_batched[0] or bool(is_batched[1])  # else the shift alone differs between members: x decides
         if not differ:
-            return _pooled(over, _two_reads, x, mask, count, known), _for_each_moment(False)
+            return _pooled_over_shards(over, _two_reads, x, mask, count, known), _for_each_moment(False)
         x, count = (
             v if here else jnp.broadcast_to(v[None], (size, *v.shape))
             for v, here in ((x, is_batched[0]), (count, is_batched[2]))
@@ -168,7 +168,7 @@ def _one_read(over, way):
         if mask is not None and not is_batched[1]:
             mask = mask[None]
         inner = over._replace(axes=tuple(a + 1 for a in over.axes))
-        return _pooled(inner, _two_reads, x, mask, count, known), _for_each_moment(True)
+        return _pooled_over_shards(inner, _two_reads, x, mask, count, known), _for_each_moment(True)
 
     return one_read
 

@@ -104,7 +104,7 @@ def _rule(layout, primals, tangents):
     # What does not move is left out, so that nothing of its size is made or kept.
     x_moves = _moves(x_dot)
     vectors_move = _moves(vectors_dot) or (layout.train and x_moves)
-    gamma_dot, beta_dot, eps_dot, moments_dot = _filled(vectors_dot, primals[1:5])
+    gamma_dot, beta_dot, eps_dot, moments_dot = _with_zeros(vectors_dot, primals[1:5])
     if x_moves:
         x_dot = x_dot.astype(r.dtype)  # once: transposed, both parts of dx are added before they are rounded
     if not layout.train:
@@ -131,7 +131,7 @@ def _moves(tangents):
     return not all(_is_zero(t) for t in jax.tree.leaves(tangents, is_leaf=_is_zero))
 
 
-def _filled(tangents, primals):
+def _with_zeros(tangents, primals):
     """The tangents, with zeros in the place of those that are known to be zero."""
     return jax.tree.map(lambda t, p: filled_like(p, 0) if _is_zero(t) else t, tangents, list(primals), is_leaf=_is_zero)
 

@@ -18,7 +18,7 @@ __all__ = ["Moments", "as_stats", "bn_merge_stats", "pool", "pool_over_devices",
 # Up to so many shards one all-gather of their moments is the quicker way, above it two all-reduces.
 _MOST_GATHERED = 16
 # A weight that keeps a sum over many devices of counts times means from overflowing; a power of 2 rounds nothing.
-_DOWN = 2.0**-64
+_WEIGHTED_SCALE = 2.0**-64
 
 
 class Moments(NamedTuple):
@@ -81,9 +81,9 @@ def pool_over_devices(moments: Moments, names: Names, groups: Groups | None = No
 def _pool_by_sums(moments: Moments, names: Names) -> Moments:
     hi, lo, var, count = moments
     # The first mean may be rough, since the second sum makes it good.
-    total, weighted = sum_over(jnp.stack((count, count * (hi * _DOWN))), names)
+    total, weighted = sum_over(jnp.stack((count, count * (hi * _WEIGHTED_SCALE))), names)
     share = count / jnp.where(total > 0, total, 1)
-    centre = weighted / jnp.where(total > 0, total, 1) / _DOWN
+    centre = weighted / jnp.where(total > 0, total, 1) / _WEIGHTED_SCALE
     apart = (hi - centre) + lo
     shift, square = sum_over(jnp.stack((share * apart, share * (var + lax.square(apart)))), names)
     mean_hi = centre + shift

@@ -8,12 +8,14 @@ import importlib.util
 import inspect
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jbn._core import apply_unchecked
-from jbn._doors import keras_average, keras_renorm, missing
+from jbn._doors import blended, keras_renorm, missing, usable_channels
 from jbn._normalize import Layout
-from jbn._pytrees import BNParams, BNState
+from jbn._pytrees import BNParams, BNState, BNStats
 
 if importlib.util.find_spec("keras") is None:
     raise missing("keras", "keras", "keras")
@@ -98,10 +100,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
         state = BNState(mean, var, jnp.zeros(mean.shape, jnp.int32))
         y, stats = apply_unchecked(layout, params, state, x, self.epsilon, mask)
         if train:
-            average = keras_average(mean, var, stats, self.momentum)
-            self.moving_mean.assign(average.mean)
-            self.moving_variance.assign(average.var)
+            self._assign((self.moving_mean, self.moving_variance), stats, self.momentum)
         return y
+
+    def _assign(self, averages: tuple[Any, Any], stats: BNStats, momentum: float) -> tuple[jax.Array, jax.Array]:
+        """Moves two of Keras's averages towards the mean and variance of a batch; returns them, not yet rounded."""
+        old = tuple(v.value.astype(stats.mean.dtype) for v in averages)
+        moved = lax.stop_gradient(blended(old, stats, momentum))
+        for variable, value in zip(averages, moved, strict=True):
+            variable.assign(value)
+        return moved
 
     def _renormalized(self, layout: Layout, params: BNParams, x: Any, mask: Any) -> Any:
         """y = γ·(x̂·r + d) + β, and the averages that Keras keeps for it."""
@@ -109,14 +117,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         xhat, stats = apply_unchecked(unrounded, BNParams(None, None), None, x, self.epsilon, mask)
         mean, std = self.renorm_mean.value, self.renorm_stddev.value
         r, d, seen = keras_renorm(stats, mean, std, self.epsilon, self.renorm_clipping)
-        inner = keras_average(mean, std, seen, self.renorm_momentum)
-        moving = keras_average(self.moving_mean.value, self.moving_stddev.value, seen, self.momentum)
-        var = jnp.maximum(moving.var**2 - self.epsilon, 0).astype(self.moving_variance.dtype)
-        self.renorm_mean.assign(inner.mean)
-        self.renorm_stddev.assign(inner.var)
-        self.moving_mean.assign(moving.mean)
-        self.moving_stddev.assign(moving.var)
-        self.moving_variance.assign(jnp.where(moving.count > 0, var, self.moving_variance.value))
+        self._assign((self.renorm_mean, self.renorm_stddev), seen, self.renorm_momentum)
+        _, moving_std = self._assign((self.moving_mean, self.moving_stddev), seen, self.momentum)
+        var = jnp.maximum(moving_std**2 - self.epsilon, 0).astype(self.moving_variance.dtype)
+        usable = usable_channels(seen, self.moving_stddev.dtype)
+        self.moving_variance.assign(jnp.where(usable, var, self.moving_variance.value))
         gamma, beta = (None if v is None else v.astype(r.dtype) for v in params)
         scale, shift = (r, d) if gamma is None else (gamma * r, gamma * d)
         shift = shift if beta is None else shift + beta
