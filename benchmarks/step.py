@@ -202,7 +202,8 @@ def _line(row, name):
 def picture(run: harness.Run) -> Any:
     """Bars of the shares on the left, of the memory on the right."""
     names = [name for name in NORMS if any(name in row["seconds"] for row in run.rows)]
-    figure, panels = harness.figure(ncols=2, figsize=(12, 1 + 0.25 * len(names) * len(run.rows)), sharey=True)
+    size = (12, 1.5 + 0.25 * len(names) * len(run.rows))
+    figure, panels = harness.figure(ncols=2, figsize=size, sharey=True, layout="constrained")
     height = 0.8 / len(names)
     for i, name in enumerate(names):
         for line, row in enumerate(run.rows):
@@ -218,10 +219,9 @@ def picture(run: harness.Run) -> Any:
     panels[0].invert_yaxis()
     panels[0].set_xlabel("batch norm's share of the step, %")
     panels[1].set_xlabel("temporaries of the step, MB")
-    panels[1].legend()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     for panel in panels:
         panel.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
     return figure
 
 

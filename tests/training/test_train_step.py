@@ -203,6 +203,15 @@ def test_a_step_on_a_bad_batch_changes_nothing_but_the_count_of_steps(accumulate
     assert_same_bits(after._replace(step=jnp.int32(2)), step(old, (x, y))[0])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_on_an_empty_batch_changes_nothing_but_the_count_of_steps(accumulate):
+    _, old, step = setup("z", "adam", accumulate=accumulate)
+    new, metrics = step(old, jax.tree.map(lambda v: v[:0], batch()))
+    assert metrics["skipped"]
+    assert new.step == 1
+    assert_same_bits(new[:3], old[:3])
+
+
 def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is():
     network = mlp(SIZES)
 
