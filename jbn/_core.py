@@ -183,9 +183,7 @@ def apply_unchecked(
     if not layout.train:
         layout = layout._replace(names=(), groups=None, ghost_size=None)
         return _bn_evaluate(layout, params, state, x, eps, mask)
-    # Differentiated from outside of a vmap, a compiled piece within it has lost its names (jax 0.10 to 0.12).
-    train = _bn_train_compiled if on_mesh(layout.names) else _bn_train
-    return train(layout, params, state, as_device_share(x, layout.names), eps, mask, limits)
+    return _bn_train(layout, params, state, as_device_share(x, layout.names), eps, mask, limits)
 
 
 # Compiled as one piece also where the caller does not: an eager call is one dispatch. In a trace it stays a call, so
@@ -193,14 +191,14 @@ def apply_unchecked(
 _compiled = partial(jax.jit, static_argnums=0)
 
 
+@_compiled
 def _bn_train(whole, params, state, x, eps, mask, limits):
     x, mask, params, state = _aligned(whole, x, mask, params, state)
-    dtype, equal, like = _checks.compute_dtype(x.dtype), mask is None, x
+    equal, like = mask is None, x
     layout = whole
     if whole.ghost_size is not None:
         layout, x, mask = in_blocks(whole, x, mask)
-    known = None if state is None else state.mean
-    moments = measure(x, mask, layout.reduce_axes, dtype, names=layout.names, groups=layout.groups, known=known)
+    moments, layout = _measured(layout, x, mask, None if state is None else state.mean)
     gamma, beta, eps = _as_vectors(params, eps, moments)
     if limits is not None:
         gamma, beta = renormalized(gamma, beta, eps, moments, state, limits)
@@ -211,7 +209,25 @@ def _bn_train(whole, params, state, x, eps, mask, limits):
     return y, as_stats(moments)
 
 
-_bn_train_compiled = _compiled(_bn_train)
+def _measured(layout, x, mask, known):
+    """The moments to normalize x with, and the layout for it.
+
+    Where `jax.jit` or `jax.checkpoint` stands between `jax.vmap` and `jax.grad`, JAX runs the rule of a
+    `jax.custom_jvp` when the name that vmap bound is gone (seen with 0.10 and 0.12;
+    tests/collectives/test_named_axes.py notices). So over the members of a vmap the rule sees the values of one member
+    alone. The moments are pooled behind it, by code that JAX differentiates itself, and x is normalized with what
+    comes out as in evaluation, with gradients to mean and variance.
+    """
+    dtype = _checks.compute_dtype(x.dtype)
+    if on_mesh(layout.names):
+        over = {"names": layout.names, "groups": layout.groups}
+        return measure(x, mask, layout.reduce_axes, dtype, known=known, **over), layout
+    alone = layout._replace(names=(), groups=None)
+    own = measure(x, mask, layout.reduce_axes, dtype, known=known)
+    one, nothing = filled_like(own.mean_hi, 1), filled_like(own.mean_hi, 0)
+    _, own = normalize(alone, x, one, nothing, jnp.ones((), dtype), own, mask)  # for the derivative of its moments
+    pooled = pool_over_devices(own, layout.names, layout.groups, equal=mask is None)
+    return pooled, alone._replace(train=False)
 
 
 @_compiled

@@ -1,14 +1,13 @@
 """What several doors to other frameworks need, and the little arithmetic that their conventions ask for."""
 
 from collections.abc import Iterable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn._collectives import sum_over
 from jbn._core import apply_unchecked
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState, BNStats
@@ -16,7 +15,6 @@ from jbn._shardings import laid_out_like
 
 __all__ = [
     "any_complex",
-    "apply_pooled",
     "as_floating",
     "blended",
     "exchanged",
@@ -176,39 +174,6 @@ def as_floating(x: Any) -> jax.Array:
 def widened(x: jax.Array, dtype: Any) -> jax.Array:
     """x in float64 if the output is: the layer then computes in it. Otherwise x as it is."""
     return x.astype(dtype) if dtype == jnp.float64 else x
-
-
-def apply_pooled(layout: Layout, params: BNParams, x: jax.Array, eps: Any) -> tuple[jax.Array, BNStats]:
-    """Training with the moments of all members along ``layout.names``, all of them with equally many values.
-
-    It is `apply_unchecked` with every collective outside of the hand-written rule. Where `jax.jit` stands between
-    `jax.vmap` and `jax.grad`, JAX runs the rule of a `jax.custom_jvp` when the name that vmap bound is gone
-    (seen with 0.10 and 0.12; tests/doors/test_equinox.py notices). So the rule sees the values of one member alone.
-    Their moments are pooled (Chan's formula for equal counts) by code that JAX differentiates itself, and x is
-    normalized with what comes out as in evaluation, with gradients to mean and variance.
-    """
-    if not layout.names:
-        return apply_unchecked(layout, params, None, x, eps)
-    alone = layout._replace(names=(), groups=None)
-    over_members = partial(_mean_over, layout.names, layout.groups)
-    shift = jnp.zeros([n for a, n in enumerate(x.shape) if a not in layout.reduce_axes], x.dtype)
-    if x.size and x.dtype.itemsize >= 4:
-        # One float32 is too coarse for a mean that is large against the deviation. So most of it is taken away first.
-        one = x[tuple(0 if a in layout.reduce_axes else slice(None) for a in range(x.ndim))]
-        shift = lax.stop_gradient(over_members(one))
-        shift = jnp.where(jnp.isfinite(shift), shift, 0)
-        x = x - lax.expand_dims(shift, layout.reduce_axes)
-    _, local = apply_unchecked(alone, BNParams(None, None), None, x, eps)
-    mean = over_members(local.mean)
-    var = over_members(local.var + lax.square(local.mean - mean))
-    pooled = BNState(mean, var, jnp.ones(mean.shape, jnp.int32))
-    y, _ = apply_unchecked(alone._replace(train=False), params, pooled, x, eps)
-    return y, BNStats(mean + shift.astype(mean.dtype), var, local.count)
-
-
-def _mean_over(names, groups, x):
-    """The mean over all members along the named axes, or over those in one group with this one."""
-    return sum_over(x, names, groups) / sum_over(jnp.ones((), x.dtype), names, groups)
 
 
 @cache

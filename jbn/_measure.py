@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn._collectives import Groups, Names, as_varying, axis_total, is_common, on_mesh, sum_over, varying_axes
+from jbn._collectives import Groups, Names, as_varying, axis_total, is_common, sum_over, varying_axes
 from jbn._pool import Moments, pool_over_devices
 from jbn._shardings import filled_like, laid_out_like, parts_along, spec_of, with_spec
 from jbn._xla import narrow_select, raw_sums, raw_sums_are_rough, unshared, way_by_platform, weighted
@@ -70,7 +70,7 @@ def measure(
       might leave nothing in a sample.
 
     Under `jax.vmap` a branch runs both of its sides, so there x is read twice to begin with. Where devices cannot
-    add their sums, each pools its moments with those of the others.
+    add their sums, each pools its moments with those of the others. The named axes are those of a mesh.
     """
     x, known = lax.stop_gradient((x, known))
     over = _Extent(reduce_axes, names, groups)
@@ -137,7 +137,7 @@ def _about(axes, shown, x, mask, share, shift, down=None):
 def _known_shift(over, way, x, mask, count, known):
     """Sums about a shift that is there before x is, added up over the devices where all have the same one."""
     one_shift = way is _from_zero or is_common(known, over.names)
-    if one_shift and over.groups is None and on_mesh(over.names):
+    if one_shift and over.groups is None:
         return _one_read(over, way)(x, mask, count, known)
     alone = _one_read(over._replace(names=(), groups=None), way)(x, mask, count, known)
     # The count is the one that went in; what comes out of a function with a rule for vmap differs between members.

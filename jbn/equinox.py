@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._core import apply_unchecked
-from jbn._doors import apply_pooled, as_floating, exchanged, missing, reading, undebiased, usable_channels, widened
+from jbn._doors import as_floating, exchanged, missing, reading, undebiased, usable_channels, widened
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState
 
@@ -122,7 +122,7 @@ class BatchNorm(eqx.nn.BatchNorm):
         layout = Layout(tuple(range(1, x.ndim)), names, train=running is None, dtype=dtype)
         x = widened(x, dtype)
         if running is None:
-            return apply_pooled(layout, params, x, self.eps)
+            return apply_unchecked(layout, params, None, x, self.eps)
         mean, var = running
         return apply_unchecked(layout, params, BNState(mean, var, jnp.ones(mean.shape, jnp.int32)), x, self.eps)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jbn._core import apply_unchecked
-from jbn._doors import apply_pooled, as_floating, exchanged, missing, reading, undebiased, usable_channels, widened
+from jbn._doors import as_floating, exchanged, missing, reading, undebiased, usable_channels, widened
 from jbn._normalize import Layout
 from jbn._pytrees import BNParams, BNState
 
@@ -121,7 +121,7 @@ def _normalized(layer, x, reduce_axes, train, scale, offset):
         params = BNParams(*(v if v is None else _per_channel(v, features, reduce_axes, x) for v in (scale, offset)))
     x = widened(x[None] if lone else x, dtype)
     if train:
-        y, stats = apply_pooled(layout, params, x, layer.eps)
+        y, stats = apply_unchecked(layout, params, None, x, layer.eps)
     else:
         mean, var = (ema.average.reshape(features) for ema in (layer.mean_ema, layer.var_ema))
         y, stats = apply_unchecked(layout, params, BNState(mean, var, jnp.ones(features, jnp.int32)), x, layer.eps)

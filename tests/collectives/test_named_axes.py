@@ -146,3 +146,28 @@ def test_a_compiled_vmap_is_differentiated_from_outside():
         return jnp.sum(jnp.sin(y.reshape(x.shape)) * weights[0])
 
     np.testing.assert_allclose(jax.grad(loss)(x[0]), jax.grad(whole_loss)(x[0]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [jax.jit, jax.checkpoint])
+@pytest.mark.parametrize("members", [6, 24])
+@pytest.mark.parametrize("options", [{}, {"ghost_size": 3}, {"renorm": (1.5, 0.5)}], ids=str)
+def test_a_compiled_or_rematerialized_layer_inside_a_vmap_is_differentiated_from_outside(inside, members, options):
+    params, x, weights, mask = problem(members, 1)
+    state = BNState(jnp.full(C, 2.5), jnp.full(C, 0.8), jnp.ones(C, jnp.int32))
+
+    def loss(wrap, params, x):
+        def member(x, weights, mask):
+            y, stats = bn_apply(params, state, x, train=True, mask=mask, axis_name="a", **options)
+            return sum(loss_of(y, stats, weights, mask))
+
+        return jnp.sum(jax.vmap(wrap(member), axis_name="a")(x[:, 0], weights[:, 0], mask[:, 0]))
+
+    def derivatives(wrap, params, x):
+        gradient = jax.grad(partial(loss, wrap), (0, 1))
+        along = jax.tree.map(jnp.cos, (params, x))
+        return gradient(params, x), jax.jvp(gradient, (params, x), along)[1]
+
+    got = jax.jit(partial(derivatives, inside))(params, x)
+    want = jax.jit(partial(derivatives, lambda member: member))(params, x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
