@@ -148,9 +148,16 @@ def test_a_compiled_vmap_is_differentiated_from_outside():
     np.testing.assert_allclose(jax.grad(loss)(x[0]), jax.grad(whole_loss)(x[0]), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("inside", [jax.jit, jax.checkpoint])
-@pytest.mark.parametrize("members", [6, 24])
-@pytest.mark.parametrize("options", [{}, {"ghost_size": 3}, {"renorm": (1.5, 0.5)}], ids=str)
+@pytest.mark.parametrize(
+    ("inside", "members", "options"),
+    [
+        (jax.jit, 24, {}),
+        (jax.checkpoint, 6, {}),
+        (jax.jit, 6, {"ghost_size": 3}),
+        (jax.checkpoint, 24, {"renorm": (1.5, 0.5)}),
+    ],
+    ids=str,
+)
 def test_a_compiled_or_rematerialized_layer_inside_a_vmap_is_differentiated_from_outside(inside, members, options):
     params, x, weights, mask = problem(members, 1)
     state = BNState(jnp.full(C, 2.5), jnp.full(C, 0.8), jnp.ones(C, jnp.int32))
