@@ -162,9 +162,8 @@ def _entries(variables: Any) -> dict[str, Entry]:
     named = {
         name: value
         for name, value in _parts(model, state).items()
-        if shape_of(value) is not None or name.endswith("momentum") or isinstance(value, bool)
+        if shape_of(value) is not None or name.split("/")[-1] == "momentum"
     }
-    named = {name: value for name, value in named.items() if name.split("/")[-1] != "inference"}
     used = {id(value) for value in named.values()}
     for i, leaf in enumerate(jax.tree.leaves(state)):  # of other stateful layers
         if id(leaf) not in used:

@@ -32,7 +32,7 @@ class Format(NamedTuple):
         read: ``read(pieces, options)``, from the leaves of one batch norm to its (params, state).
         write: ``write(params, state, like, options)``, from a batch norm to a dict of its leaves; ``like`` holds the
             arrays that stand there now, or is empty.
-        build: ``build(arrays, like)``, from a dict of names and arrays to a foreign tree; all else as in the foreign tree
+        build: ``build(arrays, like)``, from a dict of names and arrays to a foreign tree, with all else as in the tree
             ``like``, unless that is None.
     """
 
