@@ -80,7 +80,8 @@ def as_weights(label: str, value: Any) -> np.ndarray:
 
 def as_count(label: str, value: Any) -> np.ndarray:
     """How many updates there were, as int32 and saturated."""
-    array = np.asarray(value) if isinstance(value, int) and not isinstance(value, bool) else as_numpy(label, value)
+    plain = isinstance(value, (int, list, tuple)) and not isinstance(value, bool)
+    array = np.asarray(value) if plain else as_numpy(label, value)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{label}: got dtype {array.dtype}; expected integers; pass how many updates there were.")
     if np.any(array < 0):

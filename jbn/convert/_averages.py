@@ -37,7 +37,8 @@ def hidden_of(average: np.ndarray, counter: np.ndarray, momentum: Any) -> np.nda
     """The hidden average of which ``average`` is read: average·(1−dᵗ), and of its neighbours one that reads best."""
     if not _corrected(counter):
         return average
-    share = np.where(counter == 0, 1, 1 - np.power(float(_known(momentum)), counter.astype(np.float64)))
+    ones = np.ones(average.shape, np.promote_types(average.dtype, np.float32))
+    share = 1 / read_of(ones, counter, momentum).astype(np.float64)  # as rounded as the framework's own 1−dᵗ is
     hidden = (average.astype(np.float64) * share).astype(average.dtype)
     if average.dtype.itemsize < 4:
         return hidden
