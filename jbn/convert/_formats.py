@@ -106,9 +106,8 @@ def found(form: Format, entries: dict[str, Entry], prefix: Any) -> dict[str, Ent
     pieces = {name.removeprefix(start): entry for name, entry in entries.items() if name.startswith(start)}
     known = {*form.learned, *form.optional, *(leaf for running in form.running for leaf in running)}
     extra = [name for name in pieces if name not in known]
-    layers = layers_of(form, entries)
-    others = [layer for layer in layers if layer != path]
     if not pieces or (extra and not any(leaf in pieces for running in form.running for leaf in running)):
+        others = [layer for layer in layers_of(form, entries) if layer != path]
         where = f"one of {shown(map(repr, others))}" if others else "where a batch norm is"
         raise ValueError(
             f"prefix: got {path!r}, where {form.argument} has no batch norm; expected {where}; "
