@@ -5,7 +5,19 @@ from typing import Any, NamedTuple
 
 from jbn._checks import kind_of
 
-__all__ = ["Entry", "Format", "as_names", "found", "layer_of", "layers_of", "leaves", "nested", "refilled", "shown"]
+__all__ = [
+    "Entry",
+    "Format",
+    "as_names",
+    "found",
+    "layer_of",
+    "layers_of",
+    "leaves",
+    "named",
+    "nested",
+    "refilled",
+    "shown",
+]
 
 
 class Entry(NamedTuple):
@@ -70,6 +82,20 @@ def leaves(label: str, tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[
             yield from leaves(f"{label}[{key!r}]", value, (*path, key))
     elif tree is not None:
         yield path, Entry(label, tree)
+
+
+def named(label: str, tree: Any, name_of: Callable[..., str]) -> dict[str, Entry]:
+    """The arrays of nested mappings by name; two that have one name are an error."""
+    entries: dict[str, Entry] = {}
+    for path, entry in leaves(label, tree):
+        name = name_of(path)
+        if name in entries:
+            raise ValueError(
+                f"{entry.label}: got an array that has the name {name!r}, as {entries[name].label} has; expected one "
+                f"of a name; leave one of them out."
+            )
+        entries[name] = entry
+    return entries
 
 
 def nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
