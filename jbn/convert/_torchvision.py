@@ -123,7 +123,8 @@ def to_torchvision(params: Any, state: Any, prefix: Any = "", *, dtype: Any = No
         raise TypeError(f"state: got {kind_of(state)}; expected the running statistics; pass what the network has.")
     written: dict[str, np.ndarray] = {}
     for conv, norm, path, described in _layers(network):
-        layer, running = params, state
+        layer: Any = params
+        running: Any = state
         for key in path:
             layer, running = layer[key], running[key]
         label = "".join(f"[{key!r}]" for key in path)
