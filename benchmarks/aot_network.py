@@ -168,7 +168,7 @@ def arguments() -> Any:
     options = harness.parser(__doc__)
     listed = harness.comma_separated
     options.add_argument("--targets", type=listed(TARGETS), default=list(TARGETS), help=", ".join(TARGETS))
-    norms = [name for name in NORMS if not NORMS[name].flax]
+    norms = [name for name in NORMS if not NORMS[name].flax and not NORMS[name].torch]
     options.add_argument(
         "--contestants",
         type=listed(norms),
