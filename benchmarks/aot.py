@@ -230,7 +230,7 @@ def main() -> None:
         try:
             devices = topology(target).devices
         except Exception as error:
-            notes.append(f"Skipped: {TARGETS[target][0]}, {_line(error)} ({TARGETS[target][1]} is needed).")
+            notes.append(f"Skipped: {TARGETS[target][0]}, {one_line(error)} ({TARGETS[target][1]} is needed).")
             continue
         packages.append(TARGETS[target][1])
         sharding = jax.sharding.SingleDeviceSharding(devices[0])
@@ -243,7 +243,7 @@ def main() -> None:
                         with jax.default_device(cpu):
                             measure(row, case, sharding, options.dump)
                     except Exception as error:
-                        row.error = _line(error)
+                        row.error = one_line(error)
                     print(
                         *(f"{k}={v}" for k, v in dataclasses.asdict(row).items() if v not in (None, "")),
                         flush=True,
@@ -268,7 +268,7 @@ def main() -> None:
     print("\nwritten:", *harness.write(options.out, stem, record, text, picture(rows)))
 
 
-def _line(error):
+def one_line(error):
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 

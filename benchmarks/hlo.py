@@ -97,8 +97,8 @@ class Program:
             return self._cost(called[0])
         if op == "copy-start":  # a tuple of the target, the source again, and a token
             target = _ARRAY.search(instruction.type)[0]
-            return Cost(_bytes(target) + self._read(instruction, computation, []), 1)
-        return Cost(_bytes(instruction.type) + self._read(instruction, computation, called), 1)
+            return Cost(bytes_of(target) + self._read(instruction, computation, []), 1)
+        return Cost(bytes_of(instruction.type) + self._read(instruction, computation, called), 1)
 
     def _read(self, instruction: Instruction, computation: dict[str, Instruction], called: list[str]) -> float:
         """Bytes of the operands; each buffer once, however often it is named."""
@@ -106,9 +106,9 @@ class Program:
         for place, operand in enumerate(instruction.operands):
             if operand in instruction.operands[:place] or operand not in computation:
                 continue
-            size = _bytes(computation[operand].type)
+            size = bytes_of(computation[operand].type)
             if instruction.op in _SLICES:
-                size = min(size, _bytes(instruction.type, everywhere=True))
+                size = min(size, bytes_of(instruction.type, everywhere=True))
             if instruction.op == "fusion" and called:
                 size = min(size, self._sliced(called[0], place, size))
             total += size
@@ -120,7 +120,7 @@ class Program:
         parameter = next((i.name for i in body.values() if i.op == "parameter" and i.operands == (str(place),)), None)
         users = [i for i in body.values() if parameter in i.operands and i.op != "parameter"]
         if users and all(i.op in _SLICES and i.operands[0] == parameter for i in users):
-            return sum(_bytes(i.type, everywhere=True) for i in users)
+            return sum(bytes_of(i.type, everywhere=True) for i in users)
         return size
 
 
@@ -152,7 +152,7 @@ def _closing(text: str, opening: int) -> int:
     raise ValueError(f"text: got {text[:60]!r}; expected balanced parentheses; pass compiled.as_text().")
 
 
-def _bytes(type_: str, everywhere: bool = False) -> float:
+def bytes_of(type_: str, everywhere: bool = False) -> float:
     """Bytes of an array type, or of all arrays of a tuple type: in main memory, or in any memory."""
     total = 0.0
     for dtype, sizes, layout in _ARRAY.findall(type_):

@@ -1,8 +1,8 @@
 """Times a whole training step: batch norm's share of it, and its memory, for each batch norm and without any.
 
 All contestants train the same network by the same step: `jbn.networks` and `jbn.training` with another norm
-bound to ``bn=``, or with ``norm=None``, or the same network written in Flax with Flax's own norm or the door. A
-norm's share is what its step takes longer than the step without.
+bound to ``bn=``, or with ``norm=None``, or the same network written in Flax with Flax's own norm or the door, or
+torchvision's of the same weights. A norm's share is what its step takes longer than the step without.
 """
 
 import dataclasses
@@ -28,15 +28,20 @@ class Case(NamedTuple):
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     shape: tuple[int, ...]
+    usual: bool = True  # whether it is run unless asked for; another is compiled once, not twice
 
+
+RESNET_50 = {"stem": "imagenet", "block": "bottleneck", "widths": (64, 128, 256, 512), "blocks": (3, 4, 6, 3)}
 
 CASES = {
     "resnet": Case("ResNet-20, batch 128 of 32×32×3", "resnet", (10,), {}, (128, 32, 32, 3)),
     "mlp": Case("MLP 784-1024-1024-1024-10, batch 1024", "mlp", ((784, 1024, 1024, 1024, 10),), {}, (1024, 784)),
+    "resnet50": Case("ResNet-50, batch 4 of 224×224×3", "resnet", (1000,), RESNET_50, (4, 224, 224, 3), usual=False),
 }
 TINY = {
     "resnet": Case("ResNet-8, batch 16 of 16×16×3", "resnet", (10,), {"blocks": 1}, (16, 16, 16, 3)),
     "mlp": Case("MLP 64-64-64-10, batch 64", "mlp", ((64, 64, 64, 10),), {}, (64, 64)),
+    "resnet50": Case("ResNet-50, batch 2 of 64×64×3", "resnet", (1000,), RESNET_50, (2, 64, 64, 3), usual=False),
 }
 
 
@@ -73,7 +78,11 @@ class Norm(NamedTuple):
     title: str
     package: str  # which has to be installed
     options: Callable[[], dict[str, Any]]  # of the network
-    flax: bool = False  # whether the whole network is one of Flax, of which there is a resnet
+    flax: bool = False  # whether the whole network is one of Flax, of which there is ResNet-20
+    torch: bool = False  # whether the whole step is one of PyTorch, of which there is ResNet-50
+
+    def runs(self, network: str) -> bool:
+        return network == "resnet" if self.flax else network == "resnet50" if self.torch else True
 
 
 def _door() -> dict[str, Any]:
@@ -101,7 +110,17 @@ NORMS = {
     "flax_door": Norm("a Flax network, jbn.linen", "flax", _door, flax=True),
     "flax": Norm("a Flax network, flax.linen", "flax", _stock, flax=True),
     "none": Norm("no norm", "jbn", lambda: {"norm": None}),
+    "torch": Norm("torchvision", "torchvision", dict, torch=True),
 }
+
+
+def batch_of(case: Case, dtype: str) -> tuple[Any, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(1))
+    x = jax.random.normal(keys[0], case.shape, jnp.float32).astype(dtype)
+    return x, jax.random.randint(keys[1], case.shape[:1], 0, 10)
 
 
 class Step:
@@ -126,17 +145,14 @@ class Step:
         optimizer = optax.sgd(1e-5, momentum=0.9)
         params, state = jax.jit(network.init)(jax.random.key(0))
         self._train_state = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
-        keys = jax.random.split(jax.random.key(1))
-        x = jax.random.normal(keys[0], case.shape, jnp.float32).astype(dtype)
-        y = jax.random.randint(keys[1], case.shape[:1], 0, 10)
-        self._batch = (x, y)
+        self._batch = batch_of(case, dtype)
 
         def loss_fn(outputs, y):
             outputs = outputs.astype(jnp.float32)
             return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
 
         step = jax.jit(make_train_step(network.apply, loss_fn, optimizer), donate_argnums=0)
-        for _ in range(2):  # the first loads what is compiled with
+        for _ in range(2 if case.usual else 1):  # the first loads what is compiled with
             jax.clear_caches()
             start = time.process_time()
             self._compiled = step.lower(self._train_state, self._batch).compile()
@@ -194,8 +210,8 @@ def _line(row, name):
         f"{1e3 * harness.spread(seconds[name]).median:.3f}",
         harness.spread(harness.ratios(seconds[name], seconds["jbn"])).text() if "jbn" in seconds else "–",
         "–" if part is None or name == "none" else harness.spread(part).text(1),
-        f"{row['temporaries'][name] / 1e6:.1f}",
-        f"{row['compilation'][name]:.2f}",
+        "–" if name not in row["temporaries"] else f"{row['temporaries'][name] / 1e6:.1f}",
+        "–" if name not in row["compilation"] else f"{row['compilation'][name]:.2f}",
     ]
 
 
@@ -226,7 +242,8 @@ def picture(run: harness.Run) -> Any:
 
 
 def save(run: harness.Run, out: Any) -> None:
-    stem = harness.stem("step", run.device, run.about["date"], quick=run.settings["quick"])
+    name = "step-resnet50" if "resnet50" in run.settings["networks"] else "step"
+    stem = harness.stem(name, run.device, run.about["date"], quick=run.settings["quick"])
     paths = harness.write(out, stem, dataclasses.asdict(run), page(run), picture(run))
     print("\nwritten:", *paths, flush=True)
 
@@ -240,16 +257,17 @@ def measure(options: Any) -> harness.Run:
         if importlib.util.find_spec(NORMS[name].package) is None
     }
     present = [name for name in NORMS if name in options.contestants and name not in skipped]
-    packages = ["jax", "jaxlib", *sorted({NORMS[name].package for name in present} | {"jbn"}), "optax"]
+    packages = {NORMS[name].package for name in present if any(map(NORMS[name].runs, options.networks))} | {"jbn"}
+    packages = ["jax", "jaxlib", *sorted(packages | ({"torch"} if "torchvision" in packages else set())), "optax"]
     versions = {package: importlib.metadata.version(package) for package in packages}
-    settings = {"rounds": options.rounds, "seed": options.seed, "quick": options.quick}
+    settings = {"rounds": options.rounds, "seed": options.seed, "quick": options.quick, "networks": options.networks}
     device = jax.devices()[0]
     run = harness.Run(harness.machine(), versions, f"{device.platform}: {device.device_kind}", settings, skipped)
     order = random.Random(options.seed)
     cases = TINY if options.quick else CASES
     for dtype in options.dtypes:
         for network in options.networks:
-            able = [name for name in present if network == "resnet" or not NORMS[name].flax]
+            able = [name for name in present if NORMS[name].runs(network)]
             run.rows.append(_measured(cases[network], dtype, able, order, options))
             print(run.rows[-1]["title"], dtype, flush=True)
             for name in run.rows[-1]["seconds"]:
@@ -260,10 +278,15 @@ def measure(options: Any) -> harness.Run:
 
 
 def _measured(case, dtype, names, order, options):
-    steps: dict[str, Step] = {}
+    steps: dict[str, Any] = {}
 
     def build(name, _):
-        steps[name] = Step(name, case, dtype)
+        if NORMS[name].torch:
+            import torch_step
+
+            steps[name] = torch_step.Step(case, dtype)
+        else:
+            steps[name] = Step(name, case, dtype)
         return steps[name]
 
     seconds, errors = harness.interleave(
@@ -280,8 +303,10 @@ def _measured(case, dtype, names, order, options):
         "dtype": dtype,
         "case": case._asdict(),
         "seconds": {name: [float(f"{t:.5g}") for t in seconds[name]] for name in names if name in seconds},
-        "temporaries": {name: step.temporaries for name, step in steps.items()},
-        "compilation": {name: float(f"{step.compilation:.4g}") for name, step in steps.items()},
+        "temporaries": {name: step.temporaries for name, step in steps.items() if not NORMS[name].torch},
+        "compilation": {
+            name: float(f"{step.compilation:.4g}") for name, step in steps.items() if not NORMS[name].torch
+        },
         "first_loss": {name: step.first_loss for name, step in steps.items()},
         "errors": errors,
     }
@@ -301,7 +326,9 @@ def arguments() -> Any:
     options = harness.parser(__doc__, rounds=15, turn=0.5)
     listed = harness.comma_separated
     options.add_argument("--contestants", type=listed(NORMS), default=list(NORMS), help=", ".join(NORMS))
-    options.add_argument("--networks", type=listed(CASES), default=list(CASES), help=", ".join(CASES))
+    options.add_argument(
+        "--networks", type=listed(CASES), default=[n for n in CASES if CASES[n].usual], help=", ".join(CASES)
+    )
     options.add_argument("--dtypes", type=listed(("float32", "bfloat16")), default=["float32", "bfloat16"])
     options = options.parse_args()
     if options.quick:

@@ -29,7 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jbn._collectives import Groups, Names, as_varying, sum_over, varying_axes
 from jbn._pool import Moments
-from jbn._shardings import filled_like
+from jbn._shardings import broadcast_like, filled_like
 from jbn._xla import narrow_select, sum_of_terms, unshared
 
 __all__ = ["Layout", "normalize"]
@@ -167,7 +167,8 @@ def _tangent(layout, known, gamma, moving, x_dot):
         p, q = coefficients
         p = p * known.r
         p, q = _over(layout, p, q - known.mean_lo * p)
-        terms += [_apart(layout, x, mean_hi) * p, jnp.broadcast_to(q, known.x.shape)]
+        terms.append(_apart(layout, x, mean_hi) * p)
+        terms.append(broadcast_like(q, terms[0]))
     if x_dot is not None:
         (scale,) = _over(layout, scale)
         terms.append((x_dot if present is None else jnp.where(present, x_dot, 0)) * scale)

@@ -19,6 +19,7 @@ Spec = tuple[Any, ...]  # for each axis of an array: the mesh axis it is split o
 
 __all__ = [
     "Spec",
+    "broadcast_like",
     "cut",
     "filled_like",
     "for_product",
@@ -57,6 +58,17 @@ def filled_like(example: jax.Array, value: Any, dtype: Any = None) -> jax.Array:
     `jax.numpy.full_like` alone leaves the layout out.
     """
     return laid_out_like(jnp.full_like(example, value, dtype=dtype), example)
+
+
+def broadcast_like(v: jax.Array, example: jax.Array) -> jax.Array:
+    """``v``, whose axes have size 1 or that of ``example``'s, in the shape and the layout of ``example``.
+
+    `jax.numpy.broadcast_to` gives every device the whole of what it makes, and so the whole of its cotangent.
+    """
+    spec = spec_of(example)
+    entries = [e if n == m else None for e, n, m in zip(spec, v.shape, example.shape, strict=True)]
+    v = with_spec(v, entries, mesh_of=example)
+    return lax.broadcast_in_dim(v, example.shape, range(v.ndim), out_sharding=sharding_of(example, spec))
 
 
 def parts_along(x: Any, axis: int) -> int:

@@ -17,6 +17,7 @@ from jbn.convert._network import dump_network, load_network, plan_network
 from jbn.convert._nnx import from_nnx, to_nnx
 from jbn.convert._plan import Plan
 from jbn.convert._torch import from_torch, to_torch
+from jbn.convert._torchvision import from_torchvision, to_torchvision
 
 __all__ = [
     "Plan",
@@ -27,6 +28,7 @@ __all__ = [
     "from_keras",
     "from_nnx",
     "from_torch",
+    "from_torchvision",
     "load_network",
     "plan_network",
     "to_equinox",
@@ -35,4 +37,5 @@ __all__ = [
     "to_keras",
     "to_nnx",
     "to_torch",
+    "to_torchvision",
 ]

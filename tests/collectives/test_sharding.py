@@ -31,6 +31,22 @@ def test_jit_over_sharded_arrays_needs_no_axis_name_and_gathers_no_activations(m
     assert all(max(c.sizes, default=0) < x.size // 2 for c in hlo.collectives())
 
 
+@pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(None, "model")], ids=str)
+def test_an_explicit_mesh_gathers_no_activations_and_no_cotangents(spec):
+    m = mesh((4, 2), ("data", "model"), kind=AxisType.Explicit)
+    channels = P(spec[1]) if len(spec) > 1 else P()
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (256, 8)), NamedSharding(m, spec))
+    params, state = jax.device_put(bn_init(8), NamedSharding(m, channels))
+
+    def loss(params, x):
+        y, _ = bn_apply(params, state, x, train=True)
+        return jnp.sum(lax.square(y) * y)
+
+    hlo, _ = compile_hlo(jax.grad(loss, (0, 1)), params, x)
+    assert bool(hlo.collectives()) == ("data" in spec)  # channels alone have nothing to tell each other
+    assert all(max(c.sizes, default=0) < x.size // 16 for c in hlo.collectives())
+
+
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_explicit_meshes_keep_the_sharding_of_the_state(train):
     params, x, _, _ = problem()

@@ -226,6 +226,8 @@ class Contract:
         in_channels=3,
         widths=(16, 32, 64),
         blocks=3,
+        block="basic",
+        stem="cifar",
         norm="z",
         activation=jax.nn.relu,
         zero_gamma=False,

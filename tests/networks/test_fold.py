@@ -41,6 +41,11 @@ NETWORKS = {
         partial(resnet, 3, in_channels=2, widths=(4, 6), blocks=1, zero_gamma=True, bn=WIDE),
         (2, 6, 6, 2),
     ),
+    "resnet for ImageNet": (partial(resnet, 3, stem="imagenet", widths=(2, 4), blocks=(1, 2), bn=WIDE), (2, 14, 9, 3)),
+    "resnet of bottlenecks": (
+        partial(resnet, 3, stem="imagenet", block="bottleneck", widths=(2, 4), blocks=(2, 1), zero_gamma=True),
+        (2, 14, 9, 3),
+    ),
 }
 
 
