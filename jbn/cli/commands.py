@@ -244,6 +244,23 @@ def fold(
     return partial(_on_run, "fold", run_dir, model, data, out)
 
 
+@_app.command()
+def export(
+    run_dir: _RunDir,
+    model: _Model = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="New file, ONNX if it ends in .onnx.  [default: RUN_DIR/exported.jax]"),
+    ] = None,
+) -> Callable[[], None]:
+    """Export a network of a run to one file that runs without jbn.
+
+    For cpu, cuda and tpu and any batch size, weights and input normalization inside, called with an array alone:
+    jax.export.deserialize(open(FILE, "rb").read()).call(x). With --model folded.safetensors without batch norms.
+    """
+    return partial(_on_run, "export", run_dir, model, out)
+
+
 def _on_run(command: str, *arguments: Path | str | None) -> None:
     import_module(f"jbn.cli.{command}").run(*arguments)
 

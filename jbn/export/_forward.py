@@ -55,7 +55,24 @@ def forward(apply_fn: Any, params: Any, state: Any, x: Any, inputs: BNStats | No
 
 
 def needs_float64(inputs: BNStats) -> bool:
-    """Whether float32 data with these statistics have lost what distinguishes them."""
+    """Tells whether float32 loses what distinguishes data with these statistics: whether |μ|/σ is above 10⁴.
+
+    A float32 is rounded to 2⁻²⁴ of its size, which at |μ| = 10⁴σ is 6·10⁻⁴σ.
+
+    Args:
+        inputs: the statistics of the training set, as `normalize_inputs` gave them.
+
+    Returns:
+        True where any feature that is not constant is so far from 0.
+
+    Example:
+        >>> import numpy as np
+        >>> from jbn import BNStats
+        >>> from jbn.export import needs_float64
+        >>> clock = 1.7e9 + np.arange(60.0)  # seconds since 1970
+        >>> needs_float64(BNStats(clock.mean(keepdims=True), clock.var(keepdims=True), np.float32([60])))
+        True
+    """
     mean, var = (np.asarray(values, np.float64) for values in inputs[:2])
     return bool(np.any((var > 0) & (np.square(mean) > _OFFSET**2 * var)))
 
