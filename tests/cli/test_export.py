@@ -214,7 +214,4 @@ class TestBadInput:
         monkeypatch.setattr("jbn.cli.export.find_spec", lambda name: name)
         monkeypatch.setattr("jbn.cli.export.to_onnx", fail)
         message = self.refused(capsys, run, "--out", run / "a.onnx")
-        assert (
-            message
-            == f"{run / 'with.safetensors'}: apply_fn: got a function that it does not convert; use to_stablehlo."
-        )
+        assert message == f"{run / 'with.safetensors'}: apply_fn: got one that it does not convert; use to_stablehlo."

@@ -48,7 +48,7 @@ GUESTS = {
     "typer": {"cli"},
     "rich": {"_calibrate", "cli"},
     "sklearn": {"cli"},
-    "safetensors": {"cli"},
+    "safetensors": {"cli", "convert"},
     "orbax": {"cli"},
 }
 HEAVY = (
