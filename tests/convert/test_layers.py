@@ -119,7 +119,7 @@ def test_hidden_averages_need_the_momentum_unless_they_are_warm(kind):
     params, state = jbn.bn_init(3)
     one = jbn.BNState(*state[:2], state.count + 1)
     write = {Haiku: convert.to_haiku, Equinox: convert.to_equinox}[kind]
-    with pytest.raises(ValueError, match="^momentum: got None; expected the share that the layer keeps"):
+    with pytest.raises(ValueError, match=r"^momentum: got None; expected the share that the layer keeps"):
         write(params, one)
     write(params, state)
     write(params, one, momentum=0.9)
@@ -130,7 +130,7 @@ def test_equinox_fields_are_read_without_a_layer_if_the_momentum_is_told():
     fields = convert.to_equinox(params, state, "norm", momentum=0.9)
     again = convert.from_equinox(fields, "norm", momentum=0.9)
     np.testing.assert_allclose(again[1].var, state.var, rtol=2e-7)
-    with pytest.raises(ValueError, match="^momentum: got None"):
+    with pytest.raises(ValueError, match=r"^momentum: got None"):
         convert.from_equinox(fields, "norm")
 
 
@@ -154,7 +154,7 @@ def test_three_arrays_of_keras_without_names_are_asked_about():
     params, state = jbn.bn_init(3, use_gamma=False)
     named = convert.to_keras(params, state)
     assert list(named) == ["beta", "moving_mean", "moving_variance"]
-    with pytest.raises(ValueError, match="^variables: got 3 arrays without names; expected 4"):
+    with pytest.raises(ValueError, match=r"^variables: got 3 arrays without names; expected 4"):
         convert.from_keras([*named.values()])
     assert convert.from_keras(named)[0].gamma is None
     assert Keras(door=False).read(Keras(door=False).variables)[0].gamma.shape == (3,)

@@ -110,9 +110,7 @@ def test_what_is_read_is_a_copy():
 
 def test_a_tensor_without_values_is_one_line():
     state_dict = torch.nn.BatchNorm2d(3, device="meta").state_dict()
-    with pytest.raises(
-        TypeError, match=r"^state_dict\['running_mean'\]: got torch\.Tensor, which gives no NumPy array"
-    ):
+    with pytest.raises(TypeError, match=r"^state_dict\['running_mean'\]: got torch\.Tensor, which gives"):
         convert.from_torch(state_dict)
 
 
