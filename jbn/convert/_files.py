@@ -12,6 +12,7 @@ from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 
+from jbn._doors import missing
 from jbn.convert._arrays import as_numpy
 from jbn.convert._headers import METADATA, check_npz, check_safetensors, damaged
 
@@ -116,8 +117,10 @@ def _suffix(name: str, path: Path) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError:
+        raise missing("convert", "safetensors", "demo") from None
     with path.open("rb") as opened:
         check_safetensors(path, opened, os.fstat(opened.fileno()).st_size)
     try:
@@ -148,9 +151,11 @@ def _texts(path: Path, encoded: np.ndarray) -> dict[str, str]:
 
 
 def _safetensors(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save
-
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import save
+    except ModuleNotFoundError:
+        raise missing("convert", "safetensors", "demo") from None
     try:
         return save(arrays, metadata or None)
     except (SafetensorError, KeyError) as error:

@@ -84,9 +84,9 @@ def _parse_flax(ranks: Mapping[str, int]) -> dict[str, Piece]:
             pieces[name] = Piece(within, leaf, affine=affine)
         elif first != "params":
             pieces[name] = Piece((), "file", name)
-        elif leaf == "kernel":
+        elif leaf == "kernel" and ranks[name] > 1:
             pieces[name] = Piece(within, "kernel")
-        elif leaf == "scale":
+        elif leaf == "scale" and (ranks[name] == 1 or f"batch_stats/{start}mean" in ranks):
             pieces[name] = Piece(within, "gamma")
         elif leaf == "bias" and f"params/{start}kernel" in ranks:
             pieces[name] = Piece(within, "bias")
@@ -114,7 +114,7 @@ def _parse_jbn(ranks: Mapping[str, int]) -> dict[str, Piece]:
             norms = [norm for norm in ((*within, "bn"), within) if _is_affine(norm, ranks)]
             pieces[name] = Piece((norms or [within])[0], leaf, affine=bool(norms))
         elif first == "params":
-            role = roles.get(leaf, "")
+            role = roles.get(leaf, "") if leaf != "W" or ranks[name] > 1 else ""
             pieces[name] = Piece(within, role, "" if role else leaf)
         else:
             pieces[name] = Piece((), "file", name)

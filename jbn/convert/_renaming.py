@@ -115,6 +115,8 @@ def rename_arrays(arrays: Mapping[str, Any], target: str | None = None, *, sourc
     """
     if not isinstance(arrays, Mapping):
         raise TypeError(f"arrays: got {type(arrays).__name__}; expected a mapping from names; pass a dict of arrays.")
+    if not all(isinstance(name, str) for name in arrays):
+        raise TypeError("arrays: got a name that is no text; expected the names of a file; flatten nested mappings.")
     source = _as_source(source, arrays)
     if target is None:
         target = "flax" if source == "torch" else "torch"
@@ -187,6 +189,11 @@ def _moments(held: dict[str, np.ndarray], pieces: dict[str, Piece]) -> dict[tupl
                     f"arrays: got {shown((repr(name) for name, _ in layer.values()), 3)} without the {role} beside "
                     f"them; expected mean and variance of each batch norm; look for what is missing."
                 )
+        if not layer["mean"][1].shape:
+            raise ValueError(
+                f"arrays[{layer['mean'][0]!r}]: got a single number; expected (C,), a value for each channel; look for "
+                f"damage to the file."
+            )
         for name, array in (layer[role] for role in ("gamma", "beta", "var") if role in layer):
             if array.shape != layer["mean"][1].shape:
                 raise ValueError(

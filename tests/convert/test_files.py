@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import sys
 import tracemalloc
 import zipfile
 
@@ -134,6 +135,15 @@ def test_other_suffixes_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"^file: got .*a\.pt; expected a name that ends in \.safetensors"):
             act(tmp_path / "a.pt")
     assert os.listdir(tmp_path) == []
+
+
+def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for act in (lambda file: write_file(file, ARRAYS), read_file):
+        with pytest.raises(ModuleNotFoundError, match=r"^jbn\.convert: got no package safetensors; expected it to be"):
+            act(tmp_path / "a.safetensors")
+    write_file(tmp_path / "a.npz", ARRAYS)
+    same(read_file(tmp_path / "a.npz")[0], ARRAYS)
 
 
 # Damage and malice

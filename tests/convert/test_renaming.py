@@ -102,6 +102,29 @@ def test_a_model_of_jbn_comes_back_through_all(case, first, second):
     same(rename_arrays(on.arrays, "jbn", source=second).arrays, JBN[case])
 
 
+FLAX = {
+    "params/odd/kernel": array(3),
+    "params/odd/scale": array(2, 3),
+    "params/dense/kernel": array(3, 2),
+    "params/dense/bias": array(2),
+    "params/ln/scale": array(3),
+    "params/ln/bias": array(3),
+    "params/embed/embedding": array(5, 3),
+    "cache/index": np.array(3),
+}
+
+
+def test_what_has_another_rank_than_it_should_is_left_as_it_is():
+    there = rename_arrays(FLAX).arrays
+    assert there.keys() == {
+        *("odd.kernel", "odd.scale", "dense.weight", "dense.bias", "ln.weight", "ln.bias", "embed.embedding"),
+        "cache/index",
+    }
+    same(rename_arrays(there, "flax").arrays, FLAX)
+    odd = {"params/a/W": array(3), "params/b/W": array(3, 2)}
+    same(rename_arrays(rename_arrays(odd).arrays, "jbn").arrays, odd)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_each_pattern_is_recognized_and_may_stay(pattern):
     arrays = rename_arrays(torchvision(), pattern).arrays
@@ -242,6 +265,10 @@ REFUSED = {
         (bad(bn__bias=np.ones(4)),),
         "arrays['bn.bias']: got shape (4,); expected (3,), that of 'bn.running_mean'; look for arrays that changed",
     ),
+    "a single number": (
+        ({"bn.running_mean": np.ones(()), "bn.running_var": np.ones(()), "bn.num_batches_tracked": np.array(1)}, "jbn"),
+        "arrays['bn.running_mean']: got a single number; expected (C,), a value for each channel; look for damage",
+    ),
     "one moment": (
         ({k: v for k, v in bad().items() if k != "bn.running_var"},),
         "arrays: got 'bn.weight', 'bn.bias', 'bn.running_mean', … (4 in all) without the var beside them; expected",
@@ -286,6 +313,8 @@ def test_what_cannot_be_renamed_is_one_line(case):
 
 
 def test_what_is_no_mapping_of_arrays_is_a_type_error():
+    with pytest.raises(TypeError, match=r"^arrays: got a name that is no text; expected the names of a file; flatten"):
+        rename_arrays({1: array(2)}, "flax")
     with pytest.raises(TypeError, match=r"^arrays: got list; expected a mapping from names; pass a dict of arrays\."):
         rename_arrays([], "flax")
     with pytest.raises(TypeError, match=r"^arrays\['w\.weight'\]: got builtins\.str; expected an array; "):
