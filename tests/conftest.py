@@ -46,11 +46,22 @@ installed.hide_checkout(ROOT)
 # The opt-out, in one place: folders and modules whose code runs other libraries, which promote dtypes and
 # ranks implicitly and warn as they like.
 DOORS = frozenset(
-    {"cli", "convert", "docs", "doors", "equinox", "haiku", "keras", "linen", "nnx", "notebooks", "README", "report"}
+    (
+        *("cli", "convert", "docs", "doors", "notebooks", "README", "report"),
+        *("equinox", "haiku", "keras", "linen", "nnx", "onnx"),
+    )
 )
 
 # The package without which a door cannot be imported, nor its examples and tests collected.
-PACKAGES = {"linen": "flax", "nnx": "flax", "flax": "flax", "equinox": "equinox", "haiku": "haiku", "keras": "keras"}
+PACKAGES = {
+    "linen": "flax",
+    "nnx": "flax",
+    "flax": "flax",
+    "equinox": "equinox",
+    "haiku": "haiku",
+    "keras": "keras",
+    "onnx": "jax2onnx",
+}
 
 
 def _is_door(item):
@@ -86,8 +97,8 @@ class _House:
         inside = collection_path.is_relative_to(ROOT / "tests") and collection_path.suffix == ".py"
         if inside and not collection_path.name.startswith("test_"):
             return True
-        package = PACKAGES.get(collection_path.stem.removeprefix("test_").split("_")[0])
-        if package is None or collection_path.parent.name not in ("jbn", "doors"):
+        package = PACKAGES.get(collection_path.stem.removeprefix("test_").lstrip("_").split("_")[0])
+        if package is None or collection_path.parent.name not in ("jbn", "doors", "export"):
             return None
         absent = importlib.util.find_spec(package) is None
         return True if absent or (package == "keras" and os.environ["KERAS_BACKEND"] != "jax") else None

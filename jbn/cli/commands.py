@@ -244,6 +244,51 @@ def fold(
     return partial(_on_run, "fold", run_dir, model, data, out)
 
 
+@_app.command()
+def export(
+    run_dir: _RunDir,
+    model: _Model = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="New file, ONNX if it ends in .onnx.  [default: RUN_DIR/exported.jax]"),
+    ] = None,
+) -> Callable[[], None]:
+    """Export a network of a run to one file that runs without jbn.
+
+    For cpu, cuda and tpu and any batch size, weights and input normalization inside, called with an array alone:
+    jax.export.deserialize(open(FILE, "rb").read()).call(x). With --model folded.safetensors without batch norms.
+    """
+    return partial(_on_run, "export", run_dir, model, out)
+
+
+_PATTERNS = ("torch", "flax", "jbn")
+
+
+@_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .safetensors or .npz file.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New file, of either kind.", show_default=False)],
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            parser=choice("--from", _PATTERNS),
+            metavar="|".join(_PATTERNS),
+            help="Whose names the arrays have.  [default: found out]",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None, _words("--to", _PATTERNS, "Whose they are to have.  [default: flax from torch, else torch]")
+    ] = None,
+) -> Callable[[], None]:
+    """Convert a file of weights to the names and layouts of another framework.
+
+    Batch norms, convolutions and dense layers are known by their names in a PyTorch state_dict, Flax's variables, or
+    a model file of jbn. Nothing is unpickled, nothing is overwritten, and converted back it is the same bit for bit.
+    """
+    return partial(_on_run, "convert", source, target, from_, to)
+
+
 def _on_run(command: str, *arguments: Path | str | None) -> None:
     import_module(f"jbn.cli.{command}").run(*arguments)
 

@@ -52,8 +52,11 @@ class Run(NamedTuple):
         return data
 
 
-def load_run(folder: Path, model: str | None = None) -> Run:
-    """Reads the network with batch norm of a run, or the one in another file of its folder."""
+def load_run(folder: Path, model: str | None = None, *, normed: bool = True) -> Run:
+    """Reads the network with batch norm of a run, or the one in another file of its folder.
+
+    Without ``normed`` one without batch norm will do: one that was folded, or that of a run with no other.
+    """
     expected = "expected the folder of a run, as jbn train makes it"
     if not folder.is_dir():
         found = "a file" if folder.exists() else "no such folder"
@@ -71,6 +74,8 @@ def load_run(folder: Path, model: str | None = None) -> Run:
         raise BadInput(f"RUN_DIR: got {folder} with a damaged metrics.json; {expected}; train it again.") from None
     name = "with.safetensors" if model is None else model
     file = folder / name
+    if not normed and model is None and not file.exists():
+        file = folder / "without.safetensors"
     if not file.exists():
         if model is None and (folder / "without.safetensors").exists():
             raise BadInput(f"RUN_DIR: got {folder}, a run without batch norm; {_NO_NORM}.")
@@ -78,7 +83,7 @@ def load_run(folder: Path, model: str | None = None) -> Run:
         option = "RUN_DIR" if model is None else "--model"
         raise BadInput(f"{option}: got no {name} in {folder}, which holds {held}; {expected}; check the name.")
     spec, params, state, inputs = load_model(file)
-    if not jax.tree.leaves(state):
+    if normed and not jax.tree.leaves(state):
         raise BadInput(f"--model: got {file}, a network without batch norm; {_NO_NORM}.")
     return Run(folder, file, spec, params, state, inputs, options)
 

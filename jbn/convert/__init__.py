@@ -5,22 +5,26 @@
     >>> arrays = jbn.convert.to_torch(params, state, prefix="bn1")       # a dict, by PyTorch's names
     >>> params, state = jbn.convert.from_torch(arrays, prefix="bn1")
 
-Arrays in, arrays out: nothing is read from a file, and no framework is imported. Stored formats are theirs: an array
-means what its framework makes of it.
+Arrays in, arrays out, and no framework is imported. Stored formats are theirs: an array means what its framework makes
+of it. Files of arrays are read and written by `read_file` and `write_file`, and given other names by `rename_arrays`.
 """
 
 from jbn.convert._equinox import from_equinox, to_equinox
+from jbn.convert._files import read_file, write_file
 from jbn.convert._flax import from_flax, to_flax
 from jbn.convert._haiku import from_haiku, to_haiku
 from jbn.convert._keras import from_keras, to_keras
 from jbn.convert._network import dump_network, load_network, plan_network
 from jbn.convert._nnx import from_nnx, to_nnx
 from jbn.convert._plan import Plan
+from jbn.convert._renaming import Renamed, Renaming, rename_arrays
 from jbn.convert._torch import from_torch, to_torch
 from jbn.convert._torchvision import from_torchvision, to_torchvision
 
 __all__ = [
     "Plan",
+    "Renamed",
+    "Renaming",
     "dump_network",
     "from_equinox",
     "from_flax",
@@ -31,6 +35,8 @@ __all__ = [
     "from_torchvision",
     "load_network",
     "plan_network",
+    "read_file",
+    "rename_arrays",
     "to_equinox",
     "to_flax",
     "to_haiku",
@@ -38,4 +44,5 @@ __all__ = [
     "to_nnx",
     "to_torch",
     "to_torchvision",
+    "write_file",
 ]

@@ -28,7 +28,7 @@ FLOORS = (
     ("_core", "_inputs"),
     ("_inference", "_calibrate"),
     ("_doors",),
-    ("networks", "training", "linen", "nnx", "equinox", "haiku", "keras", "convert", "report"),
+    ("networks", "training", "linen", "nnx", "equinox", "haiku", "keras", "convert", "export", "report"),
     ("__init__",),  # what `import jbn` gives
     ("cli", "__main__"),
 )
@@ -36,25 +36,29 @@ ORDER = [room for floor in FLOORS for room in floor]
 
 # Beside the standard library and jax: who may import what, "inside" a function or at the "top".
 GUESTS = {
-    "numpy": {"_checks", "_calibrate", "convert", "report", "cli"},
+    "numpy": {"_checks", "_calibrate", "convert", "export", "report", "cli"},
     "optax": {"training", "cli"},
     "flax": {"linen", "nnx"},
     "equinox": {"equinox"},
     "haiku": {"haiku"},
     "keras": {"keras"},
+    "jax2onnx": {"export"},
+    "onnxruntime": {"cli"},
     "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"_calibrate", "cli"},
     "sklearn": {"cli"},
-    "safetensors": {"cli"},
+    "safetensors": {"cli", "convert"},
     "orbax": {"cli"},
 }
 HEAVY = (
     "equinox",
     "flax",
     "haiku",
+    "jax2onnx",
     "keras",
     "matplotlib",
+    "onnxruntime",
     "optax",
     "orbax",
     "pandas",
