@@ -27,6 +27,7 @@ from jbn._pool import bn_merge_stats
 from jbn._pytrees import BNParams, BNState, BNStats, bn_labels, weight_decay_mask
 
 if TYPE_CHECKING:
+    from jbn import convert as convert
     from jbn import networks as networks
     from jbn import report as report
     from jbn import training as training

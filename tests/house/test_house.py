@@ -149,7 +149,7 @@ def test_files_are_small_documented_and_free_of_asserts_and_prints(path):
             assert not any(b.endswith(("Exception", "Error", "Warning")) for b in bases), node.name
 
 
-@pytest.mark.parametrize("module", ["jbn", "jbn.networks"])
+@pytest.mark.parametrize("module", ["jbn", "jbn.convert", "jbn.networks"])
 def test_the_import_is_light(module):
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 import jbn
 from jbn._doors import missing
 
-PUBLIC = ("networks", "report", "training")
+PUBLIC = ("convert", "networks", "report", "training")
 
 
 def run(code):
