@@ -1,8 +1,9 @@
 """How the site is made: Sphinx reads the repository's own Markdown and notebooks, which read as well without it.
 
 The command is `docs` in `[tool.jbn.commands]` of pyproject.toml. Pages are where they are, so that a link between
-two files of the repository is a link between two pages. Two things are added while they are read: the contents, to
-README.md, and the errors of the test suite's table, to docs/errors.md.
+two files of the repository is a link between two pages. Three things are added while they are read: the contents, to
+README.md; the notebooks that there are, to docs/notebooks.md; and the errors of the test suite's table, to
+docs/errors.md.
 """
 
 import os
@@ -15,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jbn  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(file.stem for file in ROOT.glob("notebooks/*.ipynb"))
 
 project = "jbn"
 author = "The jbn authors"
@@ -45,7 +47,6 @@ html_title = "jbn"
 html_extra_path = ["_extra"]  # the way from index.html to README.html
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_fullscreen_button": False}
 highlight_language = "none"
-suppress_warnings = ["toc.empty_glob"]
 
 # Markdown and notebooks. Notebooks are shown with the outputs that are committed; the test suite runs them.
 myst_enable_extensions = ["dollarmath"]
@@ -119,6 +120,8 @@ def _listed(entries: list[str]) -> str:
 def _complete(app, docname: str, source: list[str]) -> None:
     if docname == root_doc:
         source[0] += CONTENTS
+    if docname == "docs/notebooks" and NOTEBOOKS:
+        source[0] += "\n".join(["", "```{toctree}", *(f"/notebooks/{name}" for name in NOTEBOOKS), "```", ""])
     if docname == "docs/errors":
         entries = errors_of_the_table()
         source[0] = re.sub(
