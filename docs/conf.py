@@ -13,6 +13,8 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from docutils import nodes  # noqa: E402
+
 import jbn  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -42,10 +44,20 @@ include_patterns = [
     "notebooks/*.ipynb",
 ]
 
+html_domain_indices = False  # a list of modules beside that of names
 html_theme = "sphinx_book_theme"
 html_title = "jbn"
 html_extra_path = ["_extra"]  # the way from index.html to README.html
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "use_fullscreen_button": False}
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
+html_favicon = "_static/favicon.svg"
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
+html_theme_options = {
+    "navbar_persistent": [],  # the search stands in the sidebar
+    "show_navbar_depth": 1,
+    "show_toc_level": 2,
+    "use_fullscreen_button": False,
+}
 highlight_language = "none"
 
 # Markdown and notebooks. Notebooks are shown with the outputs that are committed; the test suite runs them.
@@ -61,7 +73,9 @@ autodoc_member_order = "groupwise"
 autodoc_inherit_docstrings = False
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_use_ivar = False
+napoleon_attr_annotations = False
+toc_object_entries_show_parents = "hide"
 napoleon_use_rtype = False
 
 # A copied example has no prompts and no output.
@@ -144,7 +158,21 @@ def _without_substitutions(app, what: str, name: str, value, options, lines: lis
         lines[i] = "``".join(part if odd % 2 else part.replace("|", r"\|") for odd, part in enumerate(parts))
 
 
+def _describe_pictures(app, doctree) -> None:
+    """Gives a text to pictures that a program has made: the paragraph above it in a notebook, or the page's title."""
+    for picture in doctree.findall(nodes.image):
+        if picture.get("alt", "") not in ("", Path(picture["uri"]).stem):
+            continue
+        top = picture
+        while not isinstance(top.parent, nodes.section):
+            top = top.parent
+        above = [n.astext() for n in top.parent[: top.parent.index(top)] if isinstance(n, (nodes.paragraph, nodes.title))]
+        title = next(doctree.findall(nodes.title)).astext()
+        picture["alt"] = f"{title}: the tables, drawn" if "alt" in picture else " ".join(above[-1].split())
+
+
 def setup(app) -> None:
     app.connect("source-read", _complete)
+    app.connect("doctree-read", _describe_pictures)
     app.connect("autodoc-skip-member", _is_plain_field)
     app.connect("autodoc-process-docstring", _without_substitutions)
