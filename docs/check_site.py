@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jbn  # noqa: E402
+import jbn
 
 ROOT = Path(__file__).parents[1]
 # Where a page names what the browser fetches by itself. A link is followed by the reader alone.

@@ -13,9 +13,9 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from docutils import nodes  # noqa: E402
+from docutils import nodes
 
-import jbn  # noqa: E402
+import jbn
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(file.stem for file in ROOT.glob("notebooks/*.ipynb"))
@@ -166,7 +166,8 @@ def _describe_pictures(app, doctree) -> None:
         top = picture
         while not isinstance(top.parent, nodes.section):
             top = top.parent
-        above = [n.astext() for n in top.parent[: top.parent.index(top)] if isinstance(n, (nodes.paragraph, nodes.title))]
+        before = top.parent[: top.parent.index(top)]
+        above = [node.astext() for node in before if isinstance(node, (nodes.paragraph, nodes.title))]
         title = next(doctree.findall(nodes.title)).astext()
         picture["alt"] = f"{title}: the tables, drawn" if "alt" in picture else " ".join(above[-1].split())
 
