@@ -9,7 +9,30 @@ Arrays in, arrays out: nothing is read from a file, and no framework is imported
 means what its framework makes of it.
 """
 
+from jbn.convert._equinox import from_equinox, to_equinox
 from jbn.convert._flax import from_flax, to_flax
+from jbn.convert._haiku import from_haiku, to_haiku
+from jbn.convert._keras import from_keras, to_keras
+from jbn.convert._network import dump_network, load_network, plan_network
+from jbn.convert._nnx import from_nnx, to_nnx
+from jbn.convert._plan import Plan
 from jbn.convert._torch import from_torch, to_torch
 
-__all__ = ["from_flax", "from_torch", "to_flax", "to_torch"]
+__all__ = [
+    "Plan",
+    "dump_network",
+    "from_equinox",
+    "from_flax",
+    "from_haiku",
+    "from_keras",
+    "from_nnx",
+    "from_torch",
+    "load_network",
+    "plan_network",
+    "to_equinox",
+    "to_flax",
+    "to_haiku",
+    "to_keras",
+    "to_nnx",
+    "to_torch",
+]

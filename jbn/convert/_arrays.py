@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._checks import as_float_dtype, refuse_traced
+from jbn._checks import as_float_dtype
 
 __all__ = ["as_count", "as_jax", "as_numpy", "as_weights", "shape_of"]
 
@@ -29,7 +29,10 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
 def as_numpy(label: str, value: Any) -> np.ndarray:
     """The array as NumPy has it, in its own dtype and the byte order of this machine."""
     value = _unboxed(value)
-    refuse_traced(label, value)
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{label}: got a traced value; expected an array with its values; convert before jax.jit and outside of it."
+        )
     kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
     if getattr(value, "shape", None) is None or isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError(f"{label}: got {kind}; expected an array; pass the values themselves.")
@@ -80,7 +83,8 @@ def as_weights(label: str, value: Any) -> np.ndarray:
 
 def as_count(label: str, value: Any) -> np.ndarray:
     """How many updates there were, as int32 and saturated."""
-    array = np.asarray(value) if isinstance(value, int) and not isinstance(value, bool) else as_numpy(label, value)
+    plain = isinstance(value, (int, list, tuple)) and not isinstance(value, bool)
+    array = np.asarray(value) if plain else as_numpy(label, value)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{label}: got dtype {array.dtype}; expected integers; pass how many updates there were.")
     if np.any(array < 0):

@@ -8,7 +8,7 @@ import jax
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._arrays import as_jax
-from jbn.convert._formats import Entry, Format, as_names, found, leaves, nested
+from jbn.convert._formats import Entry, Format, as_names, found, leaves, nested, refilled
 from jbn.convert._layer import as_arrays, as_layer
 
 __all__ = ["FLAX", "from_flax", "read_four", "to_flax", "write_four"]
@@ -101,11 +101,12 @@ def _entries(variables: Any) -> dict[str, Entry]:
             "variables: got neither 'params' nor 'batch_stats'; expected the collections that module.init returned; "
             "pass them whole, {'params': …, 'batch_stats': …}."
         )
-    entries = {}
-    for path, entry in leaves("variables", variables):
-        names = path[1:] if path[0] in ("params", "batch_stats") else path
-        entries["/".join(map(str, names))] = entry
-    return entries
+    return {_name(path): entry for path, entry in leaves("variables", variables)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Without the collection: a module has one name for what it learns and what it averages."""
+    return "/".join(map(str, path[1:] if path[0] in ("params", "batch_stats") else path))
 
 
 def read_four(pieces: dict[str, Entry], options: dict[str, Any]) -> tuple[BNParams, BNState]:
@@ -123,6 +124,8 @@ def write_four(params: Any, state: Any, like: dict[str, Entry], options: dict[st
 
 def _build(arrays: dict[str, Any], like: Any) -> dict[str, Any]:
     """Running statistics go to their collection, all else to the params."""
+    if like is not None:
+        return refilled(like, arrays, _name)
     collection = {name: "batch_stats" if name.split("/")[-1] in _RUNNING else "params" for name in arrays}
     return nested({(collection[name], *name.split("/")): array for name, array in arrays.items()})
 
@@ -134,7 +137,10 @@ FLAX = Format(
     learned=("scale", "bias"),
     running=(_RUNNING,),
     optional=(),
+    kernel="kernel",
+    bias="bias",
     kernels_first=False,
+    needs_like=False,
     entries=_entries,
     read=read_four,
     write=write_four,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jbn._checks import kind_of
 
-__all__ = ["Entry", "Format", "as_names", "found", "leaves", "nested", "shown"]
+__all__ = ["Entry", "Format", "as_names", "found", "layer_of", "layers_of", "leaves", "nested", "refilled", "shown"]
 
 
 class Entry(NamedTuple):
@@ -25,12 +25,15 @@ class Format(NamedTuple):
         learned: the leaves that hold γ and β; either may be absent.
         running: the leaves that hold running statistics, in alternatives of which one has to be complete.
         optional: leaves of a batch norm that may be absent.
+        kernel, bias: the leaves of a dense or convolution layer.
         kernels_first: whether kernels have their output features first, (out, in) and OIHW, or last.
+        needs_like: whether a tree of it can be written only in the place of one that is there.
         entries: the foreign tree as a flat dict, from the name of each array to its entry.
         read: ``read(pieces, options)``, from the leaves of one batch norm to its (params, state).
         write: ``write(params, state, like, options)``, from a batch norm to a dict of its leaves; ``like`` holds the
             arrays that stand there now, or is empty.
-        build: from a dict of names and arrays to a foreign tree, ``build(arrays, like)``; like may be None.
+        build: ``build(arrays, like)``, from a dict of names and arrays to a foreign tree, with all else as in the tree
+            ``like``, unless that is None.
     """
 
     name: str
@@ -39,7 +42,10 @@ class Format(NamedTuple):
     learned: tuple[str, str]
     running: tuple[tuple[str, ...], ...]
     optional: tuple[str, ...]
+    kernel: str
+    bias: str
     kernels_first: bool
+    needs_like: bool
     entries: Callable[[Any], dict[str, Entry]]
     read: Callable[[dict[str, Entry], dict[str, Any]], Any]
     write: Callable[[Any, Any, dict[str, Entry], dict[str, Any]], dict[str, Any]]
@@ -77,6 +83,16 @@ def nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
     return tree
 
 
+def refilled(tree: Any, arrays: Mapping[str, Any], name_of: Callable[..., str], path: tuple[Any, ...] = ()) -> Any:
+    """Nested mappings as dicts, with other arrays at the names that are given; boxes stay around theirs."""
+    if isinstance(tree, Mapping):
+        return {key: refilled(value, arrays, name_of, (*path, key)) for key, value in tree.items()}
+    name = name_of(path)
+    if name not in arrays or tree is None:
+        return tree
+    return tree.replace_boxed(arrays[name]) if hasattr(tree, "replace_boxed") else arrays[name]
+
+
 def shown(names: Any, most: int = 6) -> str:
     """Names in a row, not too many of them."""
     names = [str(name) for name in names]
@@ -90,7 +106,7 @@ def found(form: Format, entries: dict[str, Entry], prefix: Any) -> dict[str, Ent
     pieces = {name.removeprefix(start): entry for name, entry in entries.items() if name.startswith(start)}
     known = {*form.learned, *form.optional, *(leaf for running in form.running for leaf in running)}
     extra = [name for name in pieces if name not in known]
-    layers = _layers(form, entries)
+    layers = layers_of(form, entries)
     others = [layer for layer in layers if layer != path]
     if not pieces or (extra and not any(leaf in pieces for running in form.running for leaf in running)):
         where = f"one of {shown(map(repr, others))}" if others else "where a batch norm is"
@@ -114,7 +130,7 @@ def found(form: Format, entries: dict[str, Entry], prefix: Any) -> dict[str, Ent
     return pieces
 
 
-def _layers(form: Format, entries: dict[str, Entry]) -> list[str]:
+def layers_of(form: Format, entries: dict[str, Entry]) -> list[str]:
     """The paths at which there are running statistics."""
     return list(dict.fromkeys(path for name in entries if (path := layer_of(form, name)) is not None))
 

@@ -39,8 +39,10 @@ def as_layer(
             f"{var.label}: got {float(moments[1].min()):g}; expected variances of 0 or more; look for damage to the "
             f"file, or for arrays that changed places."
         )
-    wide = np.float64 if np.float64 in (moments[0].dtype, moments[1].dtype) else np.float32
-    mean_, var_ = (as_jax(entry.label, array.astype(wide)) for entry, array in zip((mean, var), moments, strict=True))
+    wide = max((array.dtype for array in moments), key=lambda dtype: dtype.itemsize)
+    wide = np.dtype(np.float64 if wide == np.float64 else np.float32)
+    widest = next((e.label for e, a in zip((mean, var), moments, strict=True) if a.dtype == wide), mean.label)
+    running_mean, running_var = (as_jax(widest, array.astype(wide)) for array in moments)
     params = BNParams(
         *(None if a is None or e is None else as_jax(e.label, a) for e, a in zip((gamma, beta), learned, strict=True))
     )
@@ -49,7 +51,7 @@ def as_layer(
         if counted.shape not in ((), shape):
             raise ValueError(f"count: got shape {counted.shape}; expected one number, or {shape}; pass count=0.")
     counts = np.broadcast_to(SATURATED if counted is None else counted, shape)
-    return params, BNState(mean_, var_, jnp.array(counts))
+    return params, BNState(running_mean, running_var, jnp.array(counts))
 
 
 def as_arrays(params: Any, state: Any, dtype: Any = None) -> tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._arrays import as_numpy
-from jbn.convert._formats import Entry, Format, as_names, found, leaves
+from jbn.convert._formats import Entry, Format, as_names, found, leaves, refilled
 from jbn.convert._layer import SATURATED, as_arrays, as_layer, one_count, spread
 
 __all__ = ["TORCH", "from_torch", "to_torch"]
@@ -96,7 +96,11 @@ def _entries(state_dict: Any) -> dict[str, Entry]:
     if not hasattr(state_dict, "items"):
         hint = "pass module.state_dict()" if hasattr(state_dict, "state_dict") else "pass a dict of arrays by name"
         raise TypeError(f"state_dict: got {kind_of(state_dict)}; expected a mapping from names to arrays; {hint}.")
-    return {".".join(map(str, path)): entry for path, entry in leaves("state_dict", dict(state_dict))}
+    return {_name(path): entry for path, entry in leaves("state_dict", dict(state_dict))}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
 
 
 def _read(pieces: dict[str, Entry], options: dict[str, Any]) -> tuple[BNParams, BNState]:
@@ -124,7 +128,7 @@ def _write(params: Any, state: Any, like: dict[str, Entry], options: dict[str, A
 
 
 def _build(arrays: dict[str, Any], like: Any) -> dict[str, Any]:
-    return dict(arrays)
+    return dict(arrays) if like is None else refilled(dict(like), arrays, _name)
 
 
 TORCH = Format(
@@ -134,7 +138,10 @@ TORCH = Format(
     learned=("weight", "bias"),
     running=(("running_mean", "running_var"),),
     optional=("num_batches_tracked",),
+    kernel="weight",
+    bias="bias",
     kernels_first=True,
+    needs_like=False,
     entries=_entries,
     read=_read,
     write=_write,
