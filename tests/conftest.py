@@ -83,11 +83,11 @@ class _House:
 
     def pytest_ignore_collect(self, collection_path):
         """Leaves out what holds no tests, and what needs a framework that is not there (or, Keras, not on JAX)."""
+        if collection_path.parent == ROOT / "docs" and collection_path.suffix == ".py":
+            return True  # how the site is made
         inside = collection_path.is_relative_to(ROOT / "tests") and collection_path.suffix == ".py"
         if inside and not collection_path.name.startswith("test_"):
             return True
-        if collection_path.parent == ROOT / "docs" and collection_path.suffix == ".py":
-            return True  # how the site is made
         package = PACKAGES.get(collection_path.stem.removeprefix("test_").split("_")[0])
         if package is None or collection_path.parent.name not in ("jbn", "doors"):
             return None
