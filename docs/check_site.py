@@ -1,7 +1,8 @@
 """What can be said about the finished site without a browser: ``python docs/check_site.py build/site``.
 
-Nothing is loaded from elsewhere, every picture has a text, every link leads somewhere, every public name has its place
-in the reference, and every notebook can be downloaded as it is. Prints each fault and exits with 1 if there is any.
+Nothing is loaded from elsewhere, every picture has a text, every link leads somewhere, every public name is in the
+reference and found by the search, and every notebook can be downloaded as it is. Prints each fault, and exits with 1 if
+there is any.
 """
 
 import importlib
@@ -86,9 +87,12 @@ def public_names():
 
 def faults_of_reference(site: Path):
     documented = set().union(*(Page(file).ids for file in (site / "docs" / "api").glob("*.html")))
+    index = (site / "searchindex.js").read_text(encoding="utf-8")
     for name in public_names():
         if name not in documented:
             yield f"docs/api: {name} is missing"
+        if f'"{name.rpartition(".")[2]}"' not in index:
+            yield f"searchindex.js: {name} is not found"
 
 
 def faults_of_notebooks(site: Path):

@@ -51,9 +51,13 @@ def test_a_style_that_loads_from_elsewhere_is_a_fault(site, rule):
     assert fault.startswith("s.css: loads ")
 
 
-def test_a_public_name_that_the_reference_lacks_is_a_fault(site):
+def test_a_public_name_that_the_reference_or_the_search_lacks_is_a_fault(site):
     names = list(check_site.public_names())
     assert {"jbn.bn_apply", "jbn.networks.mlp", "jbn.linen.BatchNorm", "jbn.convert.from_torch"} <= set(names)
     (site / "docs" / "api").mkdir(parents=True)
     (site / "docs" / "api" / "all.html").write_text("".join(f'<dt id="{name}">' for name in names[1:]))
-    assert list(check_site.faults_of_reference(site)) == [f"docs/api: {names[0]} is missing"]
+    (site / "searchindex.js").write_text(" ".join(f'"{name.split(".")[-1]}"' for name in names[:-1]))
+    assert list(check_site.faults_of_reference(site)) == [
+        f"docs/api: {names[0]} is missing",
+        f"searchindex.js: {names[-1]} is not found",
+    ]
