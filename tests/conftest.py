@@ -38,7 +38,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 pytest.register_assert_rewrite("support")
 
-from support import installed  # noqa: E402
+from support import installed, pages  # noqa: E402
 
 ROOT = installed.ROOT
 installed.hide_checkout(ROOT)
@@ -94,6 +94,8 @@ class _House:
 
     def pytest_ignore_collect(self, collection_path):
         """Leaves out what holds no tests, and what needs a framework that is not there (or, Keras, not on JAX)."""
+        if collection_path.parent == ROOT / "docs" and collection_path.suffix == ".py":
+            return True  # how the site is made
         inside = collection_path.is_relative_to(ROOT / "tests") and collection_path.suffix == ".py"
         if inside and not collection_path.name.startswith("test_"):
             return True
@@ -108,6 +110,8 @@ class _House:
             # JAX writes an entry while another worker may read it; that worker then compiles for itself.
             half = "ignore:Error (reading|writing) persistent compilation cache entry"
             item.add_marker(pytest.mark.filterwarnings(half), append=False)
+            if isinstance(item, pytest.DoctestItem) and item.path.suffix == ".md":
+                pages.leave_out_what_is_absent(item.path.read_text(encoding="utf-8"), item.dtest.examples)
             if not _is_door(item):
                 # In front, so that a test's own filterwarnings are applied after it and win.
                 item.add_marker(pytest.mark.filterwarnings("error"), append=False)

@@ -1,4 +1,4 @@
-"""The recipes of the README, each against a construction that does not use what it shows."""
+"""The recipes of docs/recipes.md, each against a construction that does not use what it shows."""
 
 from functools import partial
 
