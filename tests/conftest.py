@@ -46,7 +46,7 @@ installed.hide_checkout(ROOT)
 # The opt-out, in one place: folders and modules whose code runs other libraries, which promote dtypes and
 # ranks implicitly and warn as they like.
 DOORS = frozenset(
-    {"cli", "convert", "docs", "doors", "equinox", "haiku", "keras", "linen", "nnx", "notebooks", "report"}
+    {"cli", "convert", "docs", "doors", "equinox", "haiku", "keras", "linen", "nnx", "notebooks", "README", "report"}
 )
 
 # The package without which a door cannot be imported, nor its examples and tests collected.
