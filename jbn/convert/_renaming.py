@@ -66,15 +66,15 @@ def rename_arrays(arrays: Mapping[str, Any], target: str | None = None, *, sourc
 
     Layer by layer, by the pattern of the names (for a batch norm ``bn`` and a convolution ``conv``):
 
-    ============  ===============================  =========================  =====================
-    what          "torch", a ``state_dict``        "flax", linen's variables  "jbn", a model file
-    ============  ===============================  =========================  =====================
-    γ, β          ``bn.weight``, ``bn.bias``       ``params/bn/scale, bias``  ``params/bn/gamma, beta``
-    μ, σ²         ``bn.running_mean, running_var`` ``batch_stats/bn/mean…``   ``state/bn/mean, var``
-    updates       ``bn.num_batches_tracked``       ``counts/bn/count``        ``state/bn/count``
-    W, OIHW/HWIO  ``conv.weight``                  ``params/conv/kernel``     ``params/conv/W``
-    b             ``conv.bias``                    ``params/conv/bias``       ``params/conv/b``
-    ============  ===============================  =========================  =====================
+    ============  ================================  =========================  =========================
+    what          "torch", a ``state_dict``         "flax", linen's variables  "jbn", a model file
+    ============  ================================  =========================  =========================
+    γ, β          ``bn.weight``, ``bn.bias``        ``params/bn/scale, bias``  ``params/bn/gamma, beta``
+    μ, σ²         ``bn.running_mean, running_var``  ``batch_stats/bn/mean…``   ``state/bn/mean, var``
+    updates       ``bn.num_batches_tracked``        ``counts/bn/count``        ``state/bn/count``
+    W, OIHW/HWIO  ``conv.weight``                   ``params/conv/kernel``     ``params/conv/W``
+    b             ``conv.bias``                     ``params/conv/bias``       ``params/conv/b``
+    ============  ================================  =========================  =========================
 
     Kernels (rank 2 and more) are transposed, outputs first in "torch" and last in the others. A norm without running
     statistics (PyTorch's rank 1 weights) becomes one with scale and bias alone. All other arrays keep their last name
