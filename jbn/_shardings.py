@@ -23,6 +23,7 @@ __all__ = [
     "cut",
     "filled_like",
     "for_product",
+    "is_copied",
     "laid_out_like",
     "parts_along",
     "reshaped",
@@ -74,6 +75,13 @@ def broadcast_like(v: jax.Array, example: jax.Array) -> jax.Array:
 def parts_along(x: Any, axis: int) -> int:
     """How many parts an axis of ``x`` is split into."""
     return math.prod(_mesh(x).shape[name] for name in _names(spec_of(x)[axis]))
+
+
+def is_copied(x: Any) -> bool:
+    """Whether several devices of an explicit mesh hold the same part of ``x``, since an axis of it splits nothing."""
+    mesh, used = _mesh(x), _names(*spec_of(x))
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return any(kind is AxisType.Explicit and mesh.shape[name] > 1 and name not in used for name, kind in kinds)
 
 
 def reshaped(x: jax.Array, shape: tuple[int, ...], spec: Iterable[Any]) -> jax.Array:

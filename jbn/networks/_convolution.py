@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jbn._shardings import Spec, for_product, parts_along, sharding_of, spec_of, with_spec
+from jbn._shardings import Spec, for_product, is_copied, parts_along, sharding_of, spec_of, with_spec
 from jbn._xla import pool_by_platform
 
 __all__ = ["conv", "max_pool"]
@@ -39,7 +39,14 @@ def max_pool(a: jax.Array) -> jax.Array:
 
 
 def _places_left(a: jax.Array, stride: int) -> Spec:
-    """How height and width may stay split over an explicit mesh: where what is left of them can be."""
+    """How height and width may stay split over an explicit mesh: where what is left of them can be.
+
+    Not at all where devices hold copies of ``a``: XLA (seen with jax 0.10 and 0.12) adds up the gradient of the kernel
+    over the copies as well, so that it comes out as many times too large (tests/networks/test_imagenet_transforms.py
+    notices).
+    """
+    if is_copied(a):
+        return None, None
     spec = spec_of(a)
     return tuple(spec[i] if -(-a.shape[i] // stride) % parts_along(a, i) == 0 else None for i in (1, 2))
 
