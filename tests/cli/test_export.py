@@ -158,7 +158,7 @@ def test_a_terminal_is_told_how_to_run_it(run, monkeypatch):
     for text in (
         "exported for JAX on cpu, cuda, tpu, input normalization inside",
         "Takes x of shape (n, 48) as float32, as the data were; gives 3 values for each example",
-        f"To run it: jax.export.deserialize(open({file!r}, 'rb').read()).call(x)\n",
+        f"To run it, with jax and flatbuffers: jax.export.deserialize(open({file!r}, 'rb').read()).call(x)\n",
     ):
         assert text in terminal.getvalue()
 
@@ -180,6 +180,13 @@ class TestBadInput:
 
     def test_no_such_model(self, run, capsys):
         assert self.refused(capsys, run, "--model", "no.safetensors").startswith("--model: got no no.safetensors in ")
+
+    def test_without_flatbuffers(self, run, capsys, monkeypatch):
+        monkeypatch.setattr("jbn.cli.export.find_spec", lambda name: None)
+        assert self.refused(capsys, run) == (
+            "extra 'demo': got no module flatbuffers; expected what jax.export writes with; install it with: "
+            "pip install flatbuffers"
+        )
 
     def test_onnx_without_what_writes_it(self, run, capsys, monkeypatch):
         monkeypatch.setattr("jbn.cli.export.find_spec", lambda name: None)
