@@ -82,10 +82,9 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
         f"Written: {out}, {len(data):,} bytes",
     ]
     if said is not None:
-        wide = ", with jax_enable_x64 on" if dtype == "float64" else ""
-        lines.append(
-            f"To run it, with jax and flatbuffers: jax.export.deserialize(open({str(out)!r}, 'rb').read()).call(x){wide}"
-        )
+        needs = ["jax", "flatbuffers", *["jax_enable_x64 on"] * (dtype == "float64")]
+        how = f"jax.export.deserialize(open({str(out)!r}, 'rb').read()).call(x)"
+        lines.append(f"To run it, with {', '.join(needs)}: {how}")
     display.show_lines(document, lines)
 
 

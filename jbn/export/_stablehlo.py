@@ -70,8 +70,8 @@ def to_stablehlo(
     """Exports a network, weights inside, as bytes that JAX runs on any of the platforms without the source.
 
     ``jax.export.deserialize(data).call(x)`` gives ``apply_fn(params, state, z)`` with z = (x−μ)/σ, or z = x
-    without ``inputs``. That takes JAX and flatbuffers (as the export itself does), and neither jbn nor what ``apply_fn``
-    was written with.
+    without ``inputs``. That takes JAX and flatbuffers, as the export itself does, and neither jbn nor what
+    ``apply_fn`` was written with.
 
     Args:
         apply_fn: pure; ``apply_fn(params, state, z)`` gives arrays, or tuples, lists and dicts of them.

@@ -158,7 +158,7 @@ def test_a_terminal_is_told_how_to_run_it(run, monkeypatch):
     for text in (
         "exported for JAX on cpu, cuda, tpu, input normalization inside",
         "Takes x of shape (n, 48) as float32, as the data were; gives 3 values for each example",
-        f"To run it, with jax and flatbuffers: jax.export.deserialize(open({file!r}, 'rb').read()).call(x)\n",
+        f"To run it, with jax, flatbuffers: jax.export.deserialize(open({file!r}, 'rb').read()).call(x)\n",
     ):
         assert text in terminal.getvalue()
 
