@@ -60,4 +60,6 @@ def _known(momentum: Any) -> Any:
             "momentum: got None; expected the share that the layer keeps, since its averages are stored before they "
             "are divided by 1 - momentum**t; pass the number that it was made with."
         )
-    return as_momentum(momentum)
+    if not as_momentum(momentum) < 1:
+        raise ValueError(f"momentum: got {momentum}; expected less than 1; pass the share that the layer keeps.")
+    return momentum

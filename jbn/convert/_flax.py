@@ -8,7 +8,7 @@ import jax
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._arrays import as_jax
-from jbn.convert._formats import Entry, Format, as_names, found, leaves, nested, refilled
+from jbn.convert._formats import Entry, Format, as_names, found, named, nested, refilled
 from jbn.convert._layer import as_arrays, as_layer
 
 __all__ = ["FLAX", "from_flax", "read_four", "to_flax", "write_four"]
@@ -101,7 +101,7 @@ def _entries(variables: Any) -> dict[str, Entry]:
             "variables: got neither 'params' nor 'batch_stats'; expected the collections that module.init returned; "
             "pass them whole, {'params': …, 'batch_stats': …}."
         )
-    return {_name(path): entry for path, entry in leaves("variables", variables)}
+    return named("variables", variables, _name)
 
 
 def _name(path: tuple[Any, ...]) -> str:

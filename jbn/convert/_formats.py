@@ -5,7 +5,19 @@ from typing import Any, NamedTuple
 
 from jbn._checks import kind_of
 
-__all__ = ["Entry", "Format", "as_names", "found", "layer_of", "layers_of", "leaves", "nested", "refilled", "shown"]
+__all__ = [
+    "Entry",
+    "Format",
+    "as_names",
+    "found",
+    "layer_of",
+    "layers_of",
+    "leaves",
+    "named",
+    "nested",
+    "refilled",
+    "shown",
+]
 
 
 class Entry(NamedTuple):
@@ -72,6 +84,20 @@ def leaves(label: str, tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[
         yield path, Entry(label, tree)
 
 
+def named(label: str, tree: Any, name_of: Callable[..., str]) -> dict[str, Entry]:
+    """The arrays of nested mappings by name; two that have one name are an error."""
+    entries: dict[str, Entry] = {}
+    for path, entry in leaves(label, tree):
+        name = name_of(path)
+        if name in entries:
+            raise ValueError(
+                f"{entry.label}: got an array that has the name {name!r}, as {entries[name].label} has; expected one "
+                f"of a name; leave one of them out."
+            )
+        entries[name] = entry
+    return entries
+
+
 def nested(flat: Mapping[tuple[Any, ...], Any]) -> dict[Any, Any]:
     """Nested dicts from paths and arrays."""
     tree: dict[Any, Any] = {}
@@ -106,9 +132,8 @@ def found(form: Format, entries: dict[str, Entry], prefix: Any) -> dict[str, Ent
     pieces = {name.removeprefix(start): entry for name, entry in entries.items() if name.startswith(start)}
     known = {*form.learned, *form.optional, *(leaf for running in form.running for leaf in running)}
     extra = [name for name in pieces if name not in known]
-    layers = layers_of(form, entries)
-    others = [layer for layer in layers if layer != path]
     if not pieces or (extra and not any(leaf in pieces for running in form.running for leaf in running)):
+        others = [layer for layer in layers_of(form, entries) if layer != path]
         where = f"one of {shown(map(repr, others))}" if others else "where a batch norm is"
         raise ValueError(
             f"prefix: got {path!r}, where {form.argument} has no batch norm; expected {where}; "

@@ -7,7 +7,7 @@ import numpy as np
 
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
-from jbn.convert._formats import Entry, Format, as_names, found, layer_of, leaves, refilled
+from jbn.convert._formats import Entry, Format, as_names, found, layer_of, named, refilled
 from jbn.convert._layer import as_arrays, as_layer
 
 __all__ = ["KERAS", "from_keras", "to_keras"]
@@ -93,7 +93,7 @@ def to_keras(params: BNParams, state: BNState, prefix: Any = "", *, dtype: Any =
 
 def _entries(variables: Any) -> dict[str, Entry]:
     if isinstance(variables, Mapping):
-        return {_name(path): entry for path, entry in leaves("variables", variables)}
+        return named("variables", variables, _name)
     if not isinstance(variables, (list, tuple)):
         hint = "pass model.weights" if hasattr(variables, "weights") else "pass {v.path: v for v in model.weights}"
         raise TypeError(f"variables: got {kind_of(variables)}; expected variables by path, or a list; {hint}.")

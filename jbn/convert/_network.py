@@ -233,6 +233,6 @@ def dump_network(
 
 
 def _as_format(format: Any) -> Format:
-    if format not in _FORMATS:
+    if not isinstance(format, str) or format not in _FORMATS:
         raise ValueError(f"format: got {format!r}; expected one of {shown(map(repr, _FORMATS))}; name theirs.")
     return _FORMATS[format]

@@ -6,7 +6,7 @@ from typing import Any
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._flax import read_four, write_four
-from jbn.convert._formats import Entry, Format, as_names, found, leaves, nested, refilled
+from jbn.convert._formats import Entry, Format, as_names, found, named, nested, refilled
 
 __all__ = ["NNX", "from_nnx", "to_nnx"]
 
@@ -88,7 +88,7 @@ def _entries(variables: Any) -> dict[str, Entry]:
         raise TypeError(
             f"variables: got {kind_of(variables)}; expected nested mappings of variables; pass nnx.state(model)."
         )
-    return {_name(path): entry for path, entry in leaves("variables", variables)}
+    return named("variables", variables, _name)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -75,19 +75,20 @@ def planned(
             f"pass {{'conv1': 'stem', 'bn1': 'stem/bn'}}."
         )
     ours, states, answers = flat(params), flat(state), as_layout(layout)
+    norms = None if entries is None else frozenset(layers_of(form, entries))
     names = {form.separator.join(map(str, key)) if isinstance(key, tuple) else key: key for key in mapping}
     moves: list[Move] = []
     for theirs, key in names.items():
         for place in as_places(theirs, mapping[key]):
-            moves += _moves(form, ours, states, entries, theirs, place, answers)
+            moves += _moves(form, ours, states, entries, norms, theirs, place, answers)
     _check_answers(form, answers, moves)
     skipped = _accounted(form, moves, entries, ours, states, _as_skip(skip))
     return Plan(tuple(moves), skipped)
 
 
-def _moves(form, ours, states, entries, theirs, place, answers):
+def _moves(form, ours, states, entries, norms, theirs, place, answers):
     argument = f"mapping[{theirs!r}]"
-    if _is_norm(form, ours, entries, theirs, place[0]):
+    if isinstance(ours.get(place[0]), BNParams) if norms is None else theirs in norms:
         params_place, state_place = norm_place(argument, ours, states, place)
         if entries is not None:
             found(form, entries, theirs)
@@ -114,10 +115,6 @@ def _moves(form, ours, states, entries, theirs, place, answers):
     if not moves:
         raise ValueError(f"{argument}: got {name!r}; expected a place in params; there is {shown(map(repr, ours))}.")
     return moves
-
-
-def _is_norm(form, ours, entries, theirs, place):
-    return isinstance(ours.get(place), BNParams) if entries is None else theirs in layers_of(form, entries)
 
 
 def _array(form, ours, entries, theirs, name, answers):

@@ -7,7 +7,7 @@ import numpy as np
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._arrays import as_numpy
-from jbn.convert._formats import Entry, Format, as_names, found, leaves, refilled
+from jbn.convert._formats import Entry, Format, as_names, found, named, refilled
 from jbn.convert._layer import SATURATED, as_arrays, as_layer, one_count, spread
 
 __all__ = ["TORCH", "from_torch", "to_torch"]
@@ -96,7 +96,7 @@ def _entries(state_dict: Any) -> dict[str, Entry]:
     if not hasattr(state_dict, "items"):
         hint = "pass module.state_dict()" if hasattr(state_dict, "state_dict") else "pass a dict of arrays by name"
         raise TypeError(f"state_dict: got {kind_of(state_dict)}; expected a mapping from names to arrays; {hint}.")
-    return {_name(path): entry for path, entry in leaves("state_dict", dict(state_dict))}
+    return named("state_dict", dict(state_dict), _name)
 
 
 def _name(path: tuple[Any, ...]) -> str:

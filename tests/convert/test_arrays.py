@@ -98,7 +98,9 @@ def test_nothing_is_shared_with_what_was_read():
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4)])
 def test_stacks_and_several_feature_axes(shape):
     params, state = jbn.bn_init(shape)
-    state = jbn.BNState(state.mean + 1, state.var, state.count + jnp.arange(1, 3).reshape(2, *[1] * (len(shape) - 1)))
+    state = jbn.BNState(
+        state.mean + 1, state.var, state.count + jnp.arange(1, 3, dtype=jnp.int32).reshape(2, *[1] * (len(shape) - 1))
+    )
     for read, write in ((convert.from_flax, convert.to_flax), (convert.from_nnx, convert.to_nnx)):
         back = read(write(params, state))
         assert bits((back[0], back[1][:2])) == bits((params, state[:2]))

@@ -154,10 +154,9 @@ def test_haiku():
         lambda x, train: hk.nets.ResNet(num_classes=3, bn_config=bn_config, **options)(x, train)
     )
     x = images(size=32)
-    params, state = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
-    params = filled(params)
-    apply = jax.jit(model.apply, static_argnums=4)
-    state = apply(params, state, None, x, True)[1]
+    params, state = filled(jax.eval_shape(lambda key: model.init(key, x, True), jax.random.key(0)))
+    warm = {"counter": jnp.int32(2**30)}  # so many updates that the hidden average is the average
+    state = {name: {**kept, "hidden": kept["average"], **warm} for name, kept in state.items()}
     table = {"stem": ((7, 7, 3, 64),), "head": ((8, 3), True, False)}
     mapping = {
         "res_net/~/initial_conv": "stem",
@@ -185,13 +184,10 @@ def test_haiku():
             a = jax.nn.relu(z + normed(f"{i}.shortcut_conv", a, stride))
         return a.mean((1, 2)) @ ours["head"]["W"] + ours["head"]["b"]
 
-    assert_near(evaluate(x), apply(params, state, None, x, False)[0], 1e-6)
-    back = convert.dump_network(ours, running, mapping, format="haiku", like=(params, state), momentum=0.9)
-    assert bits(back[0]) == bits(params)
-    assert jax.tree.structure(back[1]) == jax.tree.structure(state)
-    for name, kept in state.items():
-        assert bits([back[1][name][k] for k in ("average", "counter")]) == bits([kept["average"], kept["counter"]])
-        np.testing.assert_allclose(back[1][name]["hidden"], kept["hidden"], rtol=2e-7)
+    assert_near(evaluate(x), jax.jit(model.apply, static_argnums=4)(params, state, None, x, False)[0], 1e-6)
+    back = convert.dump_network(ours, running, mapping, format="haiku", like=(params, state))
+    assert jax.tree.structure(back) == jax.tree.structure((params, state))
+    assert bits(back) == bits((params, state))
 
 
 def test_equinox():
@@ -224,8 +220,10 @@ def stateless(model):
     return [[v.value for v in held] for held in (model.trainable_variables, model.non_trainable_variables)]
 
 
-def test_keras():
+def test_keras(monkeypatch):
     """MobileNet of `keras.applications` (Howard et al. 2017), with random weights."""
+    empty = lambda self, shape, dtype=None: np.zeros(shape, np.float32)  # noqa: E731
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", empty)  # which is compiled for every shape
     model = keras.applications.MobileNet((32, 32, 3), alpha=0.25, weights=None, classes=3, classifier_activation=None)
     model.set_weights([np.asarray(a) for a in filled([np.asarray(v) for v in model.weights])])
     mapping = {"conv1": "conv1", "conv1_bn": "conv1/bn", "conv_preds": "conv_preds"}

@@ -1,6 +1,7 @@
 """Whole networks by a mapping: layouts, sharing, nesting, what is skipped, and the dry run."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jbn import convert
 from jbn.networks import mlp
 
 F32 = np.float32
+zeros = partial(jnp.zeros, dtype=F32)
 
 
 def numbers(shape, seed=0, low=0.5):
@@ -151,7 +153,7 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize(("theirs", "ours"), CONVOLUTIONS)
 def test_kernels_with_outputs_first_are_turned(theirs, ours):
     kernel = numbers(theirs)
-    params = {"W": jnp.zeros(ours), "b": None}
+    params = {"W": zeros(ours), "b": None}
     loaded, _ = convert.load_network(params, None, {"conv.weight": kernel}, {"conv": ""}, format="torch")
     np.testing.assert_array_equal(loaded["W"], np.moveaxis(kernel, (0, 1), (-1, -2)))
     back = convert.dump_network(loaded, None, {"conv": ""}, format="torch")
@@ -160,7 +162,7 @@ def test_kernels_with_outputs_first_are_turned(theirs, ours):
 
 def test_kernels_that_are_kept_with_outputs_first_stay():
     kernel = numbers((5, 2, 3, 4))
-    params = {"W": jnp.zeros((5, 2, 3, 4)), "b": None}
+    params = {"W": zeros((5, 2, 3, 4)), "b": None}
     loaded, _ = convert.load_network(params, None, {"conv.weight": kernel}, {"conv": ""}, format="torch")
     np.testing.assert_array_equal(loaded["W"], kernel)
 
@@ -168,7 +170,7 @@ def test_kernels_that_are_kept_with_outputs_first_stay():
 @pytest.mark.parametrize("shape", [(3, 3), (2, 2, 2), (3, 3, 3, 3)])
 @pytest.mark.parametrize("name", ["conv", "conv.weight"])
 def test_a_kernel_that_fits_both_ways_is_asked_about(shape, name):
-    kernel, params = {"conv.weight": numbers(shape)}, {"W": jnp.zeros(shape), "b": None}
+    kernel, params = {"conv.weight": numbers(shape)}, {"W": zeros(shape), "b": None}
     mapping = {name: "" if name == "conv" else "W"}
     with pytest.raises(ValueError, match=r"^layout: got None, and state_dict\['conv.weight'\] of shape .* fits"):
         convert.load_network(params, None, kernel, mapping, format="torch")
@@ -181,7 +183,7 @@ def test_a_kernel_that_fits_both_ways_is_asked_about(shape, name):
 
 
 def test_formats_with_outputs_last_are_taken_as_they_are_unless_told():
-    variables, params = {"params": {"fc": {"kernel": numbers((3, 3))}}}, {"W": jnp.zeros((3, 3)), "b": None}
+    variables, params = {"params": {"fc": {"kernel": numbers((3, 3))}}}, {"W": zeros((3, 3)), "b": None}
     for layout, turn in ((None, lambda a: a), ("HWIO", lambda a: a), ("OIHW", np.transpose)):
         loaded, _ = convert.load_network(params, None, variables, {"fc": ""}, format="flax", layout=layout)
         np.testing.assert_array_equal(loaded["W"], turn(variables["params"]["fc"]["kernel"]))
@@ -189,7 +191,7 @@ def test_formats_with_outputs_last_are_taken_as_they_are_unless_told():
 
 def test_transposed_convolutions_are_told_by_a_pattern():
     kernel = {"up.weight": numbers((2, 5, 3, 4))}  # PyTorch's are IOHW
-    params = {"W": jnp.zeros((3, 4, 2, 5)), "b": None}
+    params = {"W": zeros((3, 4, 2, 5)), "b": None}
     layout = {"up": "IOHW -> HWIO"}
     loaded, _ = convert.load_network(params, None, kernel, {"up": ""}, format="torch", layout=layout)
     np.testing.assert_array_equal(loaded["W"], kernel["up.weight"].transpose(2, 3, 0, 1))
@@ -198,7 +200,7 @@ def test_transposed_convolutions_are_told_by_a_pattern():
 
 def test_a_dense_layer_after_flattened_images_is_told_by_functions():
     kernel = {"fc.weight": numbers((5, 2 * 3 * 4))}  # over (channel, row, column)
-    params = {"W": jnp.zeros((3 * 4 * 2, 5)), "b": None}
+    params = {"W": zeros((3 * 4 * 2, 5)), "b": None}
     to_ours = lambda w: w.reshape(5, 2, 3, 4).transpose(2, 3, 1, 0).reshape(-1, 5)  # noqa: E731
     to_theirs = lambda w: w.reshape(3, 4, 2, 5).transpose(3, 2, 0, 1).reshape(5, -1)  # noqa: E731
     layout = {"fc": (to_ours, to_theirs)}
@@ -207,6 +209,14 @@ def test_a_dense_layer_after_flattened_images_is_told_by_functions():
     expected = x.reshape(7, -1) @ kernel["fc.weight"].T
     np.testing.assert_allclose(x.transpose(0, 2, 3, 1).reshape(7, -1) @ loaded["W"], expected, rtol=1e-5)
     assert_tree_equal(convert.dump_network(loaded, None, {"fc": ""}, format="torch", layout=layout), kernel)
+
+
+def test_a_bias_with_axes_of_size_1_behind_is_read_and_written():
+    fields = {"conv": {"weight": numbers((5, 2, 3, 4)), "bias": numbers((5, 1, 1))}}  # as Equinox's convolutions
+    params = {"W": zeros((3, 4, 2, 5)), "b": zeros(5)}
+    loaded, _ = convert.load_network(params, None, fields, {"conv": ""}, format="equinox")
+    np.testing.assert_array_equal(loaded["b"], fields["conv"]["bias"].ravel())
+    assert_tree_equal(convert.dump_network(loaded, None, {"conv": ""}, format="equinox", like=fields), fields)
 
 
 def test_narrow_arrays_are_widened_and_come_back():

@@ -228,6 +228,17 @@ REFUSALS = [
         "model.weights}.",
     ),
     (
+        lambda: convert.from_nnx({"bn": {1: ONES, "1": ONES}}),
+        ValueError,
+        "variables['bn']['1']: got an array that has the name 'bn/1', as variables['bn'][1] has; expected one of a "
+        "name; leave one of them out.",
+    ),
+    (
+        lambda: convert.to_equinox(PARAMS, jbn.BNState(*STATE[:2], STATE.count + 1), momentum=1.0),
+        ValueError,
+        "momentum: got 1.0; expected less than 1; pass the share that the layer keeps.",
+    ),
+    (
         lambda: convert.to_torch(STATE, PARAMS),
         TypeError,
         "params: got BNState; expected BNParams; pass the first of the pair that bn_init returns: params, state = "

@@ -132,3 +132,91 @@ def test_float64_needs_64_bit():
         params, state = convert.from_torch(state_dict)
         assert state.mean.dtype == jnp.float64
         assert_loads_as(convert.to_torch(params, state), state_dict)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, before, channels, stride):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(before, channels, 3, stride, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(channels)
+        self.conv2 = torch.nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = torch.nn.BatchNorm2d(channels)
+        self.downsample = None
+        if stride > 1:
+            convolution = torch.nn.Conv2d(before, channels, 1, stride, bias=False)
+            self.downsample = torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(torch.nn.Module):
+    """The CIFAR network of He et al. 2016, section 4.2, named as torchvision names its own; the paper's has n = 3."""
+
+    def __init__(self, n=1, widths=(4, 8)):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(widths[0])
+        before = widths[0]
+        for stage, channels in enumerate(widths, 1):
+            strides = [2 if stage > 1 else 1] + [1] * (n - 1)
+            blocks = [Block(before if i == 0 else channels, channels, s) for i, s in enumerate(strides)]
+            setattr(self, f"layer{stage}", torch.nn.Sequential(*blocks))
+            before = channels
+        self.stages = len(widths)
+        self.fc = torch.nn.Linear(before, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        for stage in range(1, self.stages + 1):
+            x = getattr(self, f"layer{stage}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet_mapping(n, stages):
+    mapping = {"conv1": "stem", "bn1": "stem/bn"}
+    names = {"conv1": "conv1", "bn1": "conv1/bn", "conv2": "conv2", "bn2": "conv2/bn"}
+    names |= {"downsample.0": "shortcut", "downsample.1": "shortcut/bn"}
+    for stage in range(stages):
+        for i in range(n):
+            for theirs, ours in names.items():
+                if "shortcut" not in ours or (stage and not i):
+                    mapping[f"layer{stage + 1}.{i}.{theirs}"] = f"blocks/{stage * n + i}/{ours}"
+    return mapping | {"fc": "head"}
+
+
+def test_a_residual_network_computes_the_same_in_both_modes_and_goes_back():
+    n, widths = 2, (4, 8)
+    torch.manual_seed(0)
+    model = ResNet(n, widths)
+    for _ in range(2):
+        model(torch.randn(4, 3, 8, 8))
+    network = jbn.networks.resnet(3, widths=widths, blocks=n)
+    params, state = jax.eval_shape(network.init, jax.random.key(0))
+    mapping, options = resnet_mapping(n, len(widths)), {"format": "torch", "layout": "HWIO"}
+    params, state = convert.load_network(params, state, model.state_dict(), mapping, **options)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for like in (None, before):
+        assert_loads_as(convert.dump_network(params, state, mapping, like=like, **options), before)
+    x = torch.randn(4, 3, 8, 8)
+    nhwc = x.permute(0, 2, 3, 1).numpy()
+    for train in (False, True):
+        y, stats = jax.jit(network.apply, static_argnames="train")(params, state, nhwc, train=train)
+        np.testing.assert_allclose(y, model.train(train)(x).detach(), rtol=1e-4, atol=1e-5)
+    state = jbn.bn_update_stats(state, stats, debias=False)
+    after = convert.dump_network(params, state, mapping, **options)
+    for name, tensor in model.state_dict().items():
+        np.testing.assert_allclose(after[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_pytorch_names_twice_is_one_of_ours():
+    shared = torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(shared, torch.nn.BatchNorm1d(3), torch.nn.ReLU(), shared)
+    state_dict = model.state_dict()
+    assert {"0.weight", "3.weight"} <= set(state_dict)
+    bn, running = jbn.bn_init(3)
+    params = {"W": jnp.zeros((3, 3)), "b": jnp.zeros(3), "bn": bn}
+    mapping, options = {"0": "", "1": "bn", "3": ""}, {"format": "torch", "layout": "HWIO"}
+    params, running = convert.load_network(params, {"bn": running}, state_dict, mapping, **options)
+    assert_loads_as(convert.dump_network(params, running, mapping, like=state_dict, **options), state_dict)
