@@ -4,8 +4,7 @@ What each file holds: ``commands`` the options as typer sees them; ``options`` w
 ``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``devices``
 where its arrays lie; ``processes`` how several processes are one run; ``checkpoints`` what outlives
 it, and ``resume`` how it goes on from there; ``train`` puts them together; ``runs`` reads one again, for
-``inspect``, ``calibrate``, ``fold`` and ``export``; ``convert`` needs no run; ``display`` shows a run while
-it goes, and what came out.
+``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it goes, and what came out.
 """
 
 import os

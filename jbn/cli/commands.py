@@ -261,24 +261,17 @@ def export(
     return partial(_on_run, "export", run_dir, model, out)
 
 
-_PATTERNS = ("torch", "flax", "jbn")
-
-
 @_app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="A .safetensors or .npz file.", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New file, of either kind.", show_default=False)],
     from_: Annotated[
         str | None,
-        typer.Option(
-            "--from",
-            parser=choice("--from", _PATTERNS),
-            metavar="|".join(_PATTERNS),
-            help="Whose names the arrays have.  [default: found out]",
-        ),
+        typer.Option("--from", metavar="torch|flax|jbn", help="Whose names the arrays have.  [default: found out]"),
     ] = None,
     to: Annotated[
-        str | None, _words("--to", _PATTERNS, "Whose they are to have.  [default: flax from torch, else torch]")
+        str | None,
+        typer.Option(metavar="torch|flax|jbn", help="Whose they are to have.  [default: flax from torch, else torch]"),
     ] = None,
 ) -> Callable[[], None]:
     """Convert a file of weights to the names and layouts of another framework.

@@ -34,6 +34,11 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
     dtype = "float64" if needs_float64(inputs) else "float32"
     if onnx:
         _check_onnx(out, made, dtype)
+    elif find_spec("flatbuffers") is None:
+        raise BadInput(
+            "extra 'demo': got no module flatbuffers; expected what jax.export writes with; install it with: "
+            "pip install flatbuffers"
+        )
     network = build(made.spec)
 
     def logits(params: Any, state: Any, z: Any) -> Any:
@@ -77,8 +82,9 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
         f"Written: {out}, {len(data):,} bytes",
     ]
     if said is not None:
-        wide = ", with jax_enable_x64 on" if dtype == "float64" else ""
-        lines.append(f"To run it: jax.export.deserialize(open({str(out)!r}, 'rb').read()).call(x){wide}")
+        needs = ["jax", "flatbuffers", *["jax_enable_x64 on"] * (dtype == "float64")]
+        how = f"jax.export.deserialize(open({str(out)!r}, 'rb').read()).call(x)"
+        lines.append(f"To run it, with {', '.join(needs)}: {how}")
     display.show_lines(document, lines)
 
 

@@ -17,8 +17,8 @@ __all__ = ["METADATA", "check_npz", "check_safetensors", "damaged"]
 
 METADATA = "__metadata__"  # where safetensors keeps its texts; no array can have this name
 
-# Some 100 bytes an array are usual.
-_LONGEST_HEADER = 2**24
+# Some 100 bytes an array are usual; parsed, they become many times as many.
+_LONGEST_HEADER = 2**22
 _BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),

@@ -24,9 +24,10 @@ def to_onnx(
 ) -> bytes:
     """Exports a network, weights inside, as ONNX: ``apply_fn(params, state, z)`` of x, z = (x−μ)/σ.
 
-    The conversion is that of the package jax2onnx (the extra ``onnx``). It was seen to work with jax2onnx 0.17.1
-    under JAX 0.10.2; under JAX 0.12 that version fails, since it uses what JAX keeps private, and the error here
-    says so. Outputs of the networks in `jbn.networks` agree with JAX to 1e-6 in onnxruntime 1.31.
+    The conversion is that of the package jax2onnx (the extra ``onnx``). Its releases 0.12.5 and 0.17.1 were seen to
+    work with JAX 0.10.2; with JAX 0.12 they do not, since they use what JAX keeps private, and the error says so.
+    (Beside the command line pip chooses an older one: the later ones refuse its release of Orbax.) Outputs of the
+    networks in `jbn.networks` agree with JAX to 1e-6 of the largest in onnxruntime 1.31.
 
     Args:
         apply_fn: pure; ``apply_fn(params, state, z)`` gives one array.

@@ -2,11 +2,13 @@
 
 import struct
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
 from jax import export
 
+from jbn._doors import missing
 from jbn._pytrees import BNStats
 from jbn.export._forward import forward
 
@@ -68,7 +70,8 @@ def to_stablehlo(
     """Exports a network, weights inside, as bytes that JAX runs on any of the platforms without the source.
 
     ``jax.export.deserialize(data).call(x)`` gives ``apply_fn(params, state, z)`` with z = (x−μ)/σ, or z = x
-    without ``inputs``. It needs neither jbn nor what ``apply_fn`` was written with, nor the machine's platform here.
+    without ``inputs``. That takes JAX and flatbuffers, as the export itself does, and neither jbn nor what
+    ``apply_fn`` was written with.
 
     Args:
         apply_fn: pure; ``apply_fn(params, state, z)`` gives arrays, or tuples, lists and dicts of them.
@@ -86,6 +89,7 @@ def to_stablehlo(
         it is traced in 64 bit, and whoever calls it has ``jax_enable_x64`` on.
 
     Raises:
+        ModuleNotFoundError: flatbuffers is not installed.
         TypeError: ``apply_fn`` no function, x no array, ``inputs`` no `BNStats`, outputs that hold nodes of other
             types, whose reader would have to import them.
         ValueError: ``inputs`` of another shape or not those of data, a float32 or integer x whose ``inputs``
@@ -115,6 +119,7 @@ def to_stablehlo(
     References:
         JAX's documentation, "Exporting and serializing staged-out computations".
     """
+    _check_flatbuffers()
     targets = _as_platforms(platforms)
     made = forward(apply_fn, params, state, x, inputs, name)
     with made.width():
@@ -134,6 +139,7 @@ def describe(data: bytes) -> Description:
         A `Description`.
 
     Raises:
+        ModuleNotFoundError: flatbuffers is not installed.
         TypeError: ``data`` no bytes.
         ValueError: ``data`` that hold no such function.
 
@@ -149,6 +155,7 @@ def describe(data: bytes) -> Description:
     """
     if not isinstance(data, (bytes, bytearray)):
         raise TypeError(f"data: got {type(data).__name__}; expected bytes; read them with open(file, 'rb').read().")
+    _check_flatbuffers()
     expected = "expected those of jbn.export.to_stablehlo or jbn export; read the whole file"
     try:
         exported = export.deserialize(bytearray(data))
@@ -157,6 +164,12 @@ def describe(data: bytes) -> Description:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error):
         raise ValueError(f"data: got {len(data)} bytes that hold no exported network; {expected}.") from None
     return Description(exported.fun_name, x, outputs, tuple(exported.platforms))
+
+
+def _check_flatbuffers() -> None:
+    """JAX does not ask for it when it is installed."""
+    if find_spec("flatbuffers") is None:
+        raise missing("export", "flatbuffers", "demo")
 
 
 def _array(aval: Any) -> Array:

@@ -6,12 +6,15 @@ import os
 import struct
 import sys
 
+import jax
 import numpy as np
 import pytest
-from support.saved_runs import call, trained_mlp
+from support.saved_runs import call
 
+from jbn import BNStats
 from jbn.cli import main
-from jbn.cli.saving import load_model
+from jbn.cli.network import NetworkSpec, build
+from jbn.cli.saving import load_model, save_model
 from jbn.convert import read_file, write_file
 
 STATE_DICT = {
@@ -57,7 +60,10 @@ def test_a_state_dict_opens_as_variables_of_flax_and_comes_back(state_dict, tmp_
 
 
 def test_a_model_of_a_run_goes_through_all_and_is_the_same(tmp_path, capsys):
-    model = trained_mlp(tmp_path)[0] / "run" / "with.safetensors"
+    spec = NetworkSpec("mlp", (4, 6, 3), "z", "relu", "float32")
+    params, state = build(spec).init(jax.random.key(0))
+    model = tmp_path / "with.safetensors"
+    save_model(model, spec, params, state, BNStats(*np.ones((3, 4), np.float32)))
     steps = ("torch.npz", "torch"), ("flax.npz", "flax"), ("jbn.safetensors", "jbn")
     last = model
     for name, pattern in steps:
@@ -168,7 +174,7 @@ class TestBadInput:
 
     def test_patterns(self, state_dict, tmp_path, capsys):
         message = self.refused(capsys, tmp_path, state_dict, tmp_path / "b.npz", "--to", "keras")
-        assert message == "--to: got 'keras'; expected one of torch, flax, jbn; as in --to torch."
+        assert message == "--to: got 'keras'; expected one of torch, flax, jbn; choose one of them."
         write_file(tmp_path / "a.npz", {"x": np.ones(2)})
         message = self.refused(capsys, tmp_path, tmp_path / "a.npz", tmp_path / "b.npz")
         assert message.startswith("--from: got None for 'x'; expected names that are clearly those of one of")

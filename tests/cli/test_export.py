@@ -1,7 +1,7 @@
 """``jbn export``: any network of a run as one file for JAX or ONNX, in the units of the data."""
 
 import io
-import shutil
+import json
 import subprocess
 import sys
 
@@ -10,31 +10,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from support.saved_runs import call, forward, images, standardized, trained, trained_mlp
+from support.saved_runs import call, forward, images, standardized
 
 from jbn import BNStats, normalize_inputs
 from jbn.cli import main
-from jbn.cli.network import NetworkSpec, build
+from jbn.cli.network import NetworkSpec, build, maker
 from jbn.cli.saving import load_model, save_model
 from jbn.export import Array, describe
+from jbn.networks import fold
+
+MLP = NetworkSpec("mlp", (48, 7, 5, 3), "a", "tanh", "float32")
+RESNET = NetworkSpec("resnet", (2, 4, 5, 3), "z", "relu", "float32", 1)
+IMAGES = images(0)["x"].astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def mlp_run(tmp_path_factory):
-    return trained_mlp(tmp_path_factory.mktemp("mlp"))
+def saved(folder, spec):
+    """The folder of a run on the images, with running statistics that are not those of the start."""
+    options = {"data": None, "seed": 0, "batch_size": 16}
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"options": options}))
+    _, inputs = normalize_inputs(IMAGES)
+    for name, norm in (("with", spec.norm), ("without", None)):
+        params, state = build(spec._replace(norm=norm)).init(jax.random.key(0))
+        state = jax.tree.map(lambda v: v + 0.5 if v.dtype == jnp.float32 else v, state)
+        save_model(folder / f"{name}.safetensors", spec._replace(norm=norm), params, state, inputs)
+    return folder
 
 
 @pytest.fixture
-def run(mlp_run, tmp_path):
-    """A copy of the mlp's run, to write into."""
-    return shutil.copytree(mlp_run[0] / "run", tmp_path / "run")
+def run(tmp_path):
+    return saved(tmp_path / "run", MLP)
 
 
-@pytest.fixture(scope="module")
-def resnet_run(tmp_path_factory):
-    return (
-        trained(tmp_path_factory.mktemp("resnet"), "--network", "resnet", "--widths", "4,5", "--epochs", 1)[0] / "run"
-    )
+@pytest.fixture
+def resnet_run(tmp_path):
+    return saved(tmp_path / "resnet", RESNET)
 
 
 def read(file):
@@ -59,7 +69,9 @@ def test_the_file_takes_the_data_as_they_are(run, capsys):
 
 
 def test_what_was_folded_is_exported_too(run, capsys):
-    call(capsys, "fold", run)
+    _, params, state, inputs = load_model(run / "with.safetensors")
+    _, params = fold(maker(MLP), params, state)
+    save_model(run / "folded.safetensors", MLP._replace(norm=None), params, [None] * 3, inputs)
     whole = call(capsys, "export", run)
     folded = call(capsys, "export", run, "--model", "folded.safetensors", "--out", run / "folded.jax")
     assert folded["bytes"] < whole["bytes"]
@@ -79,13 +91,12 @@ def test_a_residual_network_takes_images_of_any_size(resnet_run, tmp_path, capsy
         np.testing.assert_allclose(read(tmp_path / "network").call(x), wanted, atol=1e-4)
 
 
-def test_a_run_without_batch_norm_is_exported(resnet_run, tmp_path, capsys):
-    run = shutil.copytree(resnet_run, tmp_path / "run")
+def test_a_run_without_batch_norm_is_exported(run, tmp_path, capsys):
     named = call(capsys, "export", run, "--model", "without.safetensors", "--out", tmp_path / "named.jax")
     (run / "with.safetensors").unlink()
     found = call(capsys, "export", run, "--out", tmp_path / "found.jax")
     assert named["model"] == found["model"] == "without.safetensors"
-    x = images(3)["x"].astype(np.float32)
+    x = IMAGES.reshape(60, -1)
     np.testing.assert_array_equal(*(read(tmp_path / f"{name}.jax").call(x) for name in ("named", "found")))
 
 
@@ -158,7 +169,7 @@ def test_a_terminal_is_told_how_to_run_it(run, monkeypatch):
     for text in (
         "exported for JAX on cpu, cuda, tpu, input normalization inside",
         "Takes x of shape (n, 48) as float32, as the data were; gives 3 values for each example",
-        f"To run it: jax.export.deserialize(open({file!r}, 'rb').read()).call(x)\n",
+        f"To run it, with jax, flatbuffers: jax.export.deserialize(open({file!r}, 'rb').read()).call(x)\n",
     ):
         assert text in terminal.getvalue()
 
@@ -180,6 +191,13 @@ class TestBadInput:
 
     def test_no_such_model(self, run, capsys):
         assert self.refused(capsys, run, "--model", "no.safetensors").startswith("--model: got no no.safetensors in ")
+
+    def test_without_flatbuffers(self, run, capsys, monkeypatch):
+        monkeypatch.setattr("jbn.cli.export.find_spec", lambda name: None)
+        assert self.refused(capsys, run) == (
+            "extra 'demo': got no module flatbuffers; expected what jax.export writes with; install it with: "
+            "pip install flatbuffers"
+        )
 
     def test_onnx_without_what_writes_it(self, run, capsys, monkeypatch):
         monkeypatch.setattr("jbn.cli.export.find_spec", lambda name: None)

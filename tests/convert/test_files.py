@@ -170,6 +170,10 @@ BAD_SAFETENSORS = {
         safetensors({"x": entry()}, length=2**63),
         "(a header of 9223372036854775808 bytes in",
     ),
+    "a header of 5 MB": (
+        safetensors(b'{"x": [' + b"0," * 2_500_000 + b"0]}"),
+        "(a header of 5000010 bytes in a file of",
+    ),
     "no JSON": (safetensors(b"\x80\x04K\x01."), "(a header that is not JSON)"),
     "no UTF-8": (safetensors(b'{"\xff": 1}'), "(a header that is not JSON)"),
     "a list": (safetensors(b"[]", b""), "(a header that is no table)"),

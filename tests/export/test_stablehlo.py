@@ -210,6 +210,13 @@ def test_more_than_a_file_can_hold_is_refused_before_it_is_copied(monkeypatch):
         to_stablehlo(max, ONE, None, ONE)
 
 
+def test_without_flatbuffers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("jbn.export._stablehlo.find_spec", lambda name: None)
+    for act in (lambda: to_stablehlo(max, None, None, ONE), lambda: describe(b"")):
+        with pytest.raises(ModuleNotFoundError, match=r"^jbn\.export: got no package flatbuffers; expected it to be"):
+            act()
+
+
 def test_a_file_that_holds_no_network_is_said_to_be_none():
     data = to_stablehlo(lambda p, s, x: x, None, None, ONE)
     several = export.export(jax.jit(lambda x, y: x))(ONE, ONE).serialize()
