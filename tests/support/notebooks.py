@@ -43,7 +43,6 @@ def executed(path: Path, *, folder: Path | None = None, widgets: bool = False) -
         notebook,
         timeout=600,
         kernel_name="python3",
-        store_widget_state=False,
         extra_arguments=["--log-level=40"],
         resources={"metadata": {"path": str(folder or path.parent)}},
     )
