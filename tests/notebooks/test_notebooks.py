@@ -3,7 +3,10 @@
 import re
 
 import pytest
-from support import notebooks
+
+pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
+
+from support import notebooks  # noqa: E402
 
 if not notebooks.ALL:
     pytest.skip("needs the repository", allow_module_level=True)
@@ -61,7 +64,6 @@ def test_the_notebooks_lead_to_each_other(path):
 @each
 @pytest.mark.processes
 def test_a_fresh_run_is_clean_and_prints_every_number_of_the_text(path, tmp_path):
-    pytest.importorskip("nbclient")
     fresh = notebooks.executed(path, folder=tmp_path)
     check_clean(fresh)
     assert notebooks.missing_numbers(fresh) == []
@@ -70,7 +72,6 @@ def test_a_fresh_run_is_clean_and_prints_every_number_of_the_text(path, tmp_path
 
 @pytest.mark.processes
 def test_with_ipywidgets_there_are_sliders(tmp_path):
-    pytest.importorskip("nbclient")
     pytest.importorskip("ipywidgets")
     shown = [
         output
