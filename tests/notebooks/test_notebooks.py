@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
 
-from support import notebooks  # noqa: E402
+from support import notebooks
 
 if not notebooks.ALL:
     pytest.skip("needs the repository", allow_module_level=True)
