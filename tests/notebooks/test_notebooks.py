@@ -21,9 +21,9 @@ def code_cells(notebook):
 
 
 def verdicts(notebook):
-    """What the cells claim: each printed line that says True or False, without its other numbers."""
+    """What the cells claim: each printed line that says True or False, without its numbers and their width."""
     lines = [line for cell in code_cells(notebook) for line in notebooks.printed(cell).splitlines()]
-    return [re.sub(r"[\d.]+", "…", line) for line in lines if re.search(r"\b(True|False)\b", line)]
+    return [re.sub(r"\s*[\d.]+", "…", line) for line in lines if re.search(r"\b(True|False)\b", line)]
 
 
 def check_clean(notebook):
