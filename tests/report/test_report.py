@@ -6,12 +6,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import jbn
 from jbn import BNParams, BNState, BNStats
-from jbn.report import plot_activations, plot_curves, plot_statistics, summary
+from jbn.report import plot_activations, plot_curves, plot_statistics, style, summary
 
 
 def test_curves_draw_every_step_and_epoch_of_every_run():
@@ -260,6 +262,25 @@ class TestSummary:
 def test_errors(call, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_the_style_is_that_of_our_own_pictures():
+    run = {"loss": [1.0, 0.5], "accuracy": [0.5, 0.6]}
+    ours = plot_curves(dict.fromkeys("abcd", run)).axes[1]
+    with matplotlib.rc_context(style(dpi=90)):
+        figure = Figure()
+        axes = figure.subplots()
+        for i in range(4):
+            axes.plot([i, 1])
+    assert figure.dpi == 90
+    assert [(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in axes.lines] == [
+        (line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in ours.lines
+    ]
+
+
+def test_a_notebook_that_has_not_used_pyplot_shows_the_picture():
+    png = plot_curves({"one": {"loss": [1.0, 0.5], "accuracy": [0.5]}})._repr_png_()
+    assert png.startswith(b"\x89PNG")
 
 
 def test_pictures_leave_pyplot_alone():
