@@ -156,7 +156,7 @@ def test_a_compiled_vmap_is_differentiated_from_outside():
         (jax.jit, 6, {"ghost_size": 3}),
         (jax.checkpoint, 24, {"renorm": (1.5, 0.5)}),
     ],
-    ids=str,
+    ids=["jit", "checkpoint", "jit-ghost", "checkpoint-renorm"],
 )
 def test_a_compiled_or_rematerialized_layer_inside_a_vmap_is_differentiated_from_outside(inside, members, options):
     params, x, weights, mask = problem(members, 1)
