@@ -137,7 +137,7 @@ def _about(axes, shown, x, mask, share, shift, down=None):
 def _known_shift(over, way, x, mask, count, known):
     """Sums about a shift that is there before x is, added up over the devices where all have the same one."""
     one_shift = way is _from_zero or is_common(known, over.names)
-    if one_shift and over.groups is None:
+    if over.names and one_shift and over.groups is None:
         return _one_read(over, way)(x, mask, count, known)
     alone = _one_read(over._replace(names=(), groups=None), way)(x, mask, count, known)
     # The count is the one that went in; what comes out of a function with a rule for vmap differs between members.

@@ -75,7 +75,9 @@ def normalize(
     if layout.train:
         moments = lax.stop_gradient(moments)
     y, mean_hi, var = _kernel(layout, x, gamma, beta, eps, moments, mask)
-    return y, Moments(mean_hi, moments.mean_lo, var, moments.count)
+    if layout.train:
+        moments = Moments(mean_hi, moments.mean_lo, var, moments.count)
+    return y, moments
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

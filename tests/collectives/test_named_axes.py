@@ -178,3 +178,17 @@ def test_a_compiled_or_rematerialized_layer_inside_a_vmap_is_differentiated_from
     want = jax.jit(partial(derivatives, lambda member: member))(params, x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("members", [6, 24])
+def test_statistics_over_the_members_of_a_vmap_are_typed_as_one_value_for_all(members):
+    params, x, _, mask = problem(members, 1)
+    state = BNState(jnp.full(C, 2.5), jnp.full(C, 0.8), jnp.ones(C, jnp.int32))
+
+    def member(x, mask):
+        return bn_apply(params, state, x, train=True, mask=mask, axis_name="a")[1]
+
+    stats = jax.vmap(member, axis_name="a", out_axes=None)(x[:, 0], mask[:, 0])
+    np.testing.assert_allclose(stats.count, mask.sum())
+    np.testing.assert_allclose(stats.mean, x[:, 0].mean((0, 1), where=mask[:, 0]), rtol=1e-6)
+    assert jax.vmap(lambda x: member(x, None), axis_name="a", out_axes=None)(x[:, 0]).mean.shape == (C,)
