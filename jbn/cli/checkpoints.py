@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from jbn.cli.bad_input import BadInput
+from jbn.cli.locks import take
 
-__all__ = ["Checkpoint", "Checkpoints", "checkpoints"]
+__all__ = ["Checkpoint", "Checkpoints", "alone_in", "checkpoints"]
 
 # The newest, and what is left should it turn out to be damaged.
 _KEPT = 3
@@ -73,6 +74,23 @@ def checkpoints(folder: Path, identity: dict[str, Any]) -> Iterator["Checkpoints
             manager.close()
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder of checkpoints, which is made if need be."""
+    with _reported(folder, f"a folder that can be written to; {_OTHER[3:]}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = take(folder / ".lock")
+    if lock is None:
+        raise BadInput(
+            f"--checkpoint-dir: got {folder}, which another run is using; expected one that no run is writing to; wait "
+            f"until it has ended, {_OTHER}."
+        )
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 class Checkpoints:

@@ -12,7 +12,7 @@ from jbn.cli import options
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench import options as bench_options
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.options import TrainOptions, address, choice, fresh_folder, integer, of_network, real, sizes
+from jbn.cli.options import TrainOptions, address, choice, integer, of_network, real, sizes
 
 __all__ = ["parse"]
 
@@ -161,7 +161,7 @@ def train(
     chosen = TrainOptions(
         network=network,
         data=data,
-        out=fresh_folder("train") if out is None else out,
+        out=out,
         norm=norm,
         compare=compare,
         optimizer=optimizer,

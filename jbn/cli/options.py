@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ __all__ = [
     "TrainOptions",
     "address",
     "choice",
-    "fresh_folder",
     "integer",
     "of_network",
     "real",
@@ -54,7 +52,7 @@ class TrainOptions:
 
     network: str
     data: Path | None
-    out: Path
+    out: Path | None
     norm: str
     compare: bool
     optimizer: str
@@ -144,7 +142,7 @@ class TrainOptions:
                     f"--checkpoint-every: got {self.checkpoint_every} without --checkpoint-dir; expected both; "
                     f"pass --checkpoint-dir DIR."
                 )
-        elif self.checkpoint_dir.resolve().is_relative_to(self.out.resolve()):
+        elif self.out is not None and self.checkpoint_dir.resolve().is_relative_to(self.out.resolve()):
             raise BadInput(
                 f"--checkpoint-dir: got {self.checkpoint_dir}, which is in --out {self.out}; expected a folder outside "
                 f"of it, since it is new and appears at the end; choose another DIR."
@@ -157,16 +155,6 @@ def of_network(network: str, **given: Any) -> dict[str, Any]:
         if network != owner and given[name] is not None:
             raise BadInput(f"--{name}: got it with --network {network}; expected --network {owner}; {advice}.")
     return {name: DEFAULTS[network].get(name) if value is None else value for name, value in given.items()}
-
-
-def fresh_folder(command: str) -> Path:
-    """A folder in runs/ that does not exist yet, named by the time."""
-    name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder, again = Path("runs") / name, 1
-    while folder.exists():
-        again += 1
-        folder = Path("runs") / f"{name}-{again}"
-    return folder
 
 
 def choice(option: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:

@@ -5,6 +5,7 @@ import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jbn import report
 from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
+from jbn.cli.checkpoints import alone_in
 from jbn.cli.data import Data, load_data
 from jbn.cli.devices import axis_of, deal, make_cpu_devices, mesh_of
 from jbn.cli.fit import Fit, Progress, batch_order, fit
@@ -27,7 +29,7 @@ from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
 from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.resume import resumed
-from jbn.cli.saving import new_folder, save_model, to_json
+from jbn.cli.saving import Place, results, save_model, to_json
 from jbn.training import TrainState, make_train_step
 
 __all__ = ["run"]
@@ -40,20 +42,30 @@ def run(options: TrainOptions) -> None:
         with agreed():
             mesh = mesh_of(options.devices)
             data = _data(options)
-            folder = stack.enter_context(new_folder(options.out)) if first() else None
+            place = _reserved(options, stack) if first() else None
         same("--data", data.digest)
         specs = _specs(options, data)
         order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
         starts, fits = _fits(options, specs, data, order, mesh, check)
         document = _document(options, data, order, starts, fits)
         with agreed():
-            if folder is not None:
-                _save(folder, document, specs, fits, data)
+            if place is not None:
+                document["options"]["out"] = place.final
+                _save(place.work, document, specs, fits, data)
                 check()
                 stack.close()
-        shown = first()
-    if shown:
+                document["options"]["out"] = place.final  # another one, if the name was taken meanwhile
+    if place is not None:
         display.show(document)
+
+
+def _reserved(options: TrainOptions, stack: ExitStack) -> Place:
+    """Where the results are written; what other runs could write to at the same time is locked."""
+    default = Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}"
+    place = stack.enter_context(results(options.out or default, numbered=options.out is None))
+    if options.checkpoint_dir is not None:
+        stack.enter_context(alone_in(options.checkpoint_dir))
+    return place
 
 
 def _data(options: TrainOptions) -> Data:
