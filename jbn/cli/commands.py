@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import jbn
 from jbn.cli import options
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench import options as bench_options
@@ -24,7 +25,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def parse(argv: Sequence[str]) -> Callable[[], int | None] | None:
     """The job that the arguments ask for, which may give an exit code; None where ``--help`` was the answer."""
     try:
-        job = typer.main.get_command(_app).main(args=list(argv), prog_name="jbn", standalone_mode=False)
+        job = typer.main.get_command(_app).main(args=list(argv) or ["--help"], prog_name="jbn", standalone_mode=False)
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "jbn"
         message = " ".join(error.format_message().split()).rstrip(".")
@@ -51,8 +52,16 @@ def _defaults(name: str) -> str:
     return f"[default: {', '.join(f'{value} ({network})' for network, value in shown.items())}]"
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jbn {jbn.__version__}")
+        raise typer.Exit
+
+
 @_app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")] = False,
+) -> None:
     """Batch normalization for JAX."""
 
 

@@ -142,7 +142,14 @@ class TrainOptions:
                     f"--checkpoint-every: got {self.checkpoint_every} without --checkpoint-dir; expected both; "
                     f"pass --checkpoint-dir DIR."
                 )
-        elif self.out is not None and self.checkpoint_dir.resolve().is_relative_to(self.out.resolve()):
+            return
+        name = str(self.checkpoint_dir)
+        if name.encode(errors="replace").decode() != name:
+            raise BadInput(
+                f"--checkpoint-dir: got {name}; expected a name in UTF-8, since Orbax takes no other; choose another "
+                f"DIR."
+            )
+        if self.out is not None and self.checkpoint_dir.resolve().is_relative_to(self.out.resolve()):
             raise BadInput(
                 f"--checkpoint-dir: got {self.checkpoint_dir}, which is in --out {self.out}; expected a folder outside "
                 f"of it, since it is new and appears at the end; choose another DIR."

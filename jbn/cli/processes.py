@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 from jbn.cli.bad_input import BadInput
+from jbn.cli.interrupt import signal_seen
 from jbn.cli.options import TrainOptions
 
 __all__ = ["agreed", "first", "joined", "same", "supervised"]
@@ -117,7 +118,7 @@ def _wait(child: int) -> int:
         try:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         except KeyboardInterrupt:
-            os.kill(child, signal.SIGINT)
+            os.kill(child, signal_seen())
 
 
 @contextmanager

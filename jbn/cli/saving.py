@@ -187,8 +187,11 @@ def _refuse_taken(file: Path) -> None:
 
 
 def to_json(document: Any) -> str:
-    """JSON in which what is not finite is null, since JSON has no other word for it."""
-    return json.dumps(_plain(document), indent=1, allow_nan=False, ensure_ascii=False)
+    """JSON in which what is not finite is null, since JSON has no other word for it.
+
+    It is ASCII, so that any terminal can take it, and a file name in no encoding at all comes back as it was.
+    """
+    return json.dumps(_plain(document), indent=1, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -206,18 +209,30 @@ def _plain(value: Any) -> Any:
 def save_model(file: Path, spec: NetworkSpec, params: Any, state: Any, inputs: jbn.BNStats) -> None:
     """Writes a network as safetensors: params/0/W, params/0/bn/gamma, state/0/mean, inputs/mean, …
 
-    The spec stands in the file's metadata, as JSON under "network".
+    The spec stands in the file's metadata, as JSON under "network", with the version of jbn and the digest of all.
+    It is one entry: the order of several would not be the same each time.
     """
     from safetensors.numpy import save
 
     tree = {"params": params, "state": state, "inputs": inputs}
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named(tree)[0]}
-    metadata = {"jbn": jbn.__version__, "network": json.dumps(spec._asdict())}
-    file.write_bytes(save(tensors, metadata))
+    fields = {**spec._asdict(), "jbn": jbn.__version__}
+    fields["sha256"] = _digest(fields, tensors)
+    file.write_bytes(save(tensors, {"network": json.dumps(fields)}))
+
+
+def _digest(fields: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    content = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, array in sorted(tensors.items()):
+        content.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return content.hexdigest()
 
 
 def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
-    """Reads what `save_model` wrote: ``(spec, params, state, inputs)``; a line about what is wrong otherwise."""
+    """Reads what `save_model` wrote: ``(spec, params, state, inputs)``; a line about what is wrong otherwise.
+
+    Files of version 0.1.0 have no digest, and their inputs in float32.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -230,23 +245,31 @@ def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
         raise _unreadable(file, "damaged, or no safetensors file") from None
     try:
         fields = json.loads(metadata["network"])
-        spec = NetworkSpec(**{**fields, "sizes": tuple(fields["sizes"])})
+        digest = fields.pop("sha256", None)
+        if digest not in (None, _digest(fields, tensors)):
+            raise _unreadable(file, "damaged: it is not as it was written")
+        fields.pop("jbn", None)
+        spec = NetworkSpec.parsed(fields)
         params, state = jax.eval_shape(build(spec).init, jax.random.key(0))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise _unreadable(file, "it does not say which network it holds") from None
-    channels = np.shape(tensors.get("inputs/mean", ()))
-    inputs = jbn.BNStats(*(jax.ShapeDtypeStruct(channels, jnp.float32) for _ in range(3)))  # type: ignore[arg-type]
+    mean = tensors.get("inputs/mean", np.zeros(()))
+    dtype = np.float64 if mean.dtype == np.float64 else np.float32
+    inputs = jbn.BNStats(*(jax.ShapeDtypeStruct(mean.shape, dtype) for _ in range(3)))  # type: ignore[arg-type]
     leaves, treedef = named({"params": params, "state": state, "inputs": inputs})
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in leaves}
     got = {name: (array.shape, array.dtype) for name, array in tensors.items()}
     differ = [name for name in sorted({*wanted, *got}) if wanted.get(name) != got.get(name)]
-    if differ or len(channels) != 1:
+    if differ or mean.ndim != 1:
         raise _unreadable(file, f"not the arrays of its network: {', '.join(differ[:3] or ['inputs/mean'])}")
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             raise _unreadable(file, f"values in {name} are not finite")
-    tree = jax.tree.unflatten(treedef, [jnp.asarray(tensors[name]) for name in wanted])
-    return spec, tree["params"], tree["state"], tree["inputs"]
+        if name.endswith(("/var", "/count")) and (array < 0).any():
+            raise _unreadable(file, f"values in {name} are negative")
+    tree = jax.tree.unflatten(treedef, [tensors[name] for name in wanted])
+    params, state = jax.tree.map(jnp.asarray, (tree["params"], tree["state"]))
+    return spec, params, state, tree["inputs"]
 
 
 def _unreadable(file: Path, reason: str) -> BadInput:

@@ -26,11 +26,9 @@ ALONE = ("--no-compare",)
 TIMES = ("compile_s", "ms_per_step")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "data.npz"
-    np.savez(file, **images(0))
-    return file
+@pytest.fixture
+def data(finished):
+    return finished / "data.npz"
 
 
 def command(data, out, *arguments):
@@ -166,12 +164,9 @@ class TestInOneProcess:
         same(train(capsys, data, tmp_path / "resumed", *keep), train(capsys, data, tmp_path / "plain", *MLP, *ALONE))
 
 
-@pytest.fixture(scope="module")
-def kept(data, tmp_path_factory):
-    """Checkpoints of a finished run."""
-    folder = tmp_path_factory.mktemp("kept")
-    assert main(command(data, folder / "out", *MLP, *ALONE, "--checkpoint-dir", folder / "kept")) == 0
-    return folder / "kept"
+@pytest.fixture
+def kept(finished):
+    return finished / "kept"
 
 
 class TestRefused:
