@@ -1,6 +1,6 @@
 """The command line: ``jbn train`` and ``jbn bench``. The only place in the package that prints.
 
-What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
+What each file holds: ``commands`` what typer sees; ``options`` each option, ``parsers`` what values they take;
 ``data``, ``network``, ``batches``, ``fit`` and ``activations`` the pieces of a run; ``devices`` where its arrays lie;
 ``processes`` how several processes are one run; ``saving`` what a run leaves, ``locks`` that no other is at the same
 place; ``checkpoints`` what outlives it, and ``resume`` how it goes on from there; ``train`` puts them together;

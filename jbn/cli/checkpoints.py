@@ -35,13 +35,16 @@ class Checkpoint(NamedTuple):
 
 
 @contextmanager
-def checkpoints(folder: Path, identity: dict[str, Any]) -> Iterator["Checkpoints"]:
+def checkpoints(
+    folder: Path, identity: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> Iterator["Checkpoints"]:
     """Gives the `Checkpoints` in a folder, which is made if need be.
 
     Args:
         folder: for the checkpoints of one network.
         identity: every option that changes the result, and its value, as JSON holds it; a checkpoint of
             another identity is refused.
+        defaults: the values of options that a checkpoint does not know.
     """
     from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions
     from orbax.checkpoint.options import MultiprocessingOptions
@@ -69,7 +72,7 @@ def checkpoints(folder: Path, identity: dict[str, Any]) -> Iterator["Checkpoints
                 tempfile.TemporaryFile(dir=folder).close()  # fails now, and not after the first steps
             manager = CheckpointManager(folder.absolute(), options=options)
         try:
-            yield Checkpoints(manager, folder, identity)
+            yield Checkpoints(manager, folder, identity, defaults or {})
         finally:
             manager.close()
     finally:
@@ -96,10 +99,10 @@ def alone_in(folder: Path) -> Iterator[None]:
 class Checkpoints:
     """The checkpoints of one network: ``newest()`` to go on from, and ``save(checkpoint)``."""
 
-    def __init__(self, manager: Any, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, manager: Any, folder: Path, identity: dict[str, Any], defaults: dict[str, Any]) -> None:
         self._manager = manager
         self._folder = folder
-        self._identity = json.loads(json.dumps(identity))
+        self._identity, self._defaults = json.loads(json.dumps((identity, defaults)))
         self._damaged: list[int] = []
 
     def newest(self) -> Checkpoint | None:
@@ -162,6 +165,7 @@ class Checkpoints:
             return None
 
     def _refuse_other(self, identity: dict[str, Any]) -> None:
+        identity = {**{name: value for name, value in self._defaults.items() if name in self._identity}, **identity}
         for name in {**self._identity, **identity}:
             got, expected = (_joined(each.get(name)) for each in (self._identity, identity))
             if got != expected:

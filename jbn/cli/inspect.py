@@ -45,7 +45,8 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     }
     lines: list[Any] = [
         f"{made.file}: {_described(made)}",
-        f"{data.source}: test accuracy {document['test_accuracy']:.2%}; batch B: {size} training examples",
+        f"{data.source}: test accuracy {document['test_accuracy']:.2%}",
+        f"batch B: {size} training examples",
         "",
         _as_table(table),
         "",
@@ -58,7 +59,8 @@ def _as_table(found: report.Summary) -> Table:
     """Each layer with the least and the largest value of its channels, in 80 columns."""
     *_, dead, drift = str(found).splitlines()
     updates = [count for row in found.rows for count in row.updates or ()] or [0]
-    caption = f"least and largest of the C channels, after {min(updates)} to {max(updates)} updates\n{dead}\n{drift}"
+    after = " to ".join(map(str, sorted({min(updates), max(updates)})))
+    caption = f"least and largest of the C channels, after {after} updates\n{dead}\n{drift}"
     table = Table(caption=caption, caption_justify="left", padding=0)
     table.add_column("layer", overflow="fold")
     for heading in ("C", "γ", "β", "running\nμ", "running\nσ²", "dead", "drift\nμ, σ²"):

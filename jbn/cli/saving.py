@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from jbn.cli.locks import take
 from jbn.cli.network import NetworkSpec, build
 
 __all__ = ["load_model", "named", "new_file", "new_folder", "replaced_files", "results", "save_model", "to_json"]
+
+
+_STALE = 60.0  # s
 
 
 @dataclass
@@ -129,11 +133,13 @@ def _reported(got: str, expected: str, advice: str) -> Iterator[None]:
 def _hidden(anchor: Path, final: Path, expected: str) -> Iterator[Path]:
     """A hidden folder in ``anchor``, gone afterwards; its lock reserves ``final``, whoever else may want it.
 
-    Those that processes left when they were killed, whose locks are free, are swept away.
+    Those that processes left when they were killed, whose locks are free, are swept away; not at once, since one that
+    has just been made is not locked yet.
     """
     for leftover in anchor.glob(".jbn-*/"):
         with suppress(OSError):
-            _remove(leftover, take(leftover / "lock"))
+            if time.time() - leftover.stat().st_mtime > _STALE:
+                _remove(leftover, take(leftover / "lock"))
     name = hashlib.sha256(os.fsencode(final.absolute())).hexdigest()[:16]
     hidden, lock = anchor / f".jbn-{name}", None
     while lock is None:
@@ -151,6 +157,7 @@ def _hidden(anchor: Path, final: Path, expected: str) -> Iterator[Path]:
             os.close(lock)
             lock = None
     try:
+        shutil.rmtree(hidden / "work", ignore_errors=True)  # of a process that was killed
         yield hidden
     finally:
         _remove(hidden, lock)
@@ -169,6 +176,8 @@ def _names(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_full(folder: Path, expected: str) -> None:
+    if folder.name in ("", ".."):
+        raise BadInput(f"--out: got {folder}; {expected} with a name of its own; choose another DIR.")
     if os.path.lexists(folder) and not folder.is_dir():
         raise BadInput(f"--out: got {folder}, a file; {expected}; choose another DIR.")
     if folder.is_dir() and any(folder.iterdir()):

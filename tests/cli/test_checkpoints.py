@@ -138,6 +138,16 @@ class TestRefused:
         )
         assert files_of(folder) == before
 
+    def test_an_option_that_the_checkpoints_do_not_know_counts_as_its_default(self, tmp_path):
+        folder, defaults = saved(tmp_path, 10), {"--new": 3, "--lr": 0.5}
+        with checkpoints(folder, {**IDENTITY, "--new": 3}, defaults) as each:
+            same(each.newest(), made(10))
+        with (
+            checkpoints(folder, {**IDENTITY, "--new": 4}, defaults) as each,
+            pytest.raises(BadInput, match="--new: got 4; expected 3, as in the checkpoints"),
+        ):
+            each.newest()
+
     def test_a_file_in_the_place_of_the_folder(self, tmp_path):
         (file := tmp_path / "file").write_bytes(b"")
         assert refused(file) == f"--checkpoint-dir: got {file} (File exists); {WRITABLE}"

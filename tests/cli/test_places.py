@@ -69,6 +69,11 @@ class TestNames:
         assert os.listdir(out) == ["other"]
         assert capsys.readouterr().err == f"jbn: --out: got {out}, taken meanwhile; the results are in {out}-2.\n"
 
+    @pytest.mark.parametrize("out", [".", "..", "a/.."])
+    def test_a_folder_without_a_name_of_its_own(self, tmp_path, capsys, out):
+        assert train(two_classes(tmp_path), "--out", out) == 2
+        assert "; expected a new or empty folder with a name of its own; " in capsys.readouterr().err
+
     def test_two_runs_with_one_folder_of_checkpoints(self, tmp_path, capsys):
         data, kept = two_classes(tmp_path), tmp_path / "kept"
         with alone_in(kept):
@@ -82,6 +87,18 @@ class TestNames:
 
 
 class TestLeftovers:
+    @pytest.fixture(autouse=True)
+    def any_age_will_do(self, monkeypatch):
+        monkeypatch.setattr("jbn.cli.saving._STALE", -3600.0)
+
+    def test_one_that_has_just_been_made_is_not_taken_for_a_leftover(self, tmp_path, monkeypatch):
+        """Its process may be about to lock it."""
+        monkeypatch.setattr("jbn.cli.saving._STALE", 3600.0)
+        (tmp_path / ".jbn-new").mkdir()
+        with new_folder(tmp_path / "out"):
+            pass
+        assert sorted(os.listdir(tmp_path)) == [".jbn-new", "out"]
+
     def test_those_of_killed_processes_are_swept_away_and_others_stay(self, tmp_path):
         """A lock that nobody holds, and no lock at all, as of version 0.1.0."""
         (tmp_path / ".jbn-old" / "run").mkdir(parents=True)
@@ -97,7 +114,8 @@ class TestLeftovers:
             file.touch()
         assert sorted(os.listdir(tmp_path)) == ["file", "out"]
 
-    def test_a_leftover_of_the_same_name_is_no_hindrance(self, tmp_path):
+    def test_a_leftover_of_the_same_name_is_no_hindrance(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("jbn.cli.saving._STALE", 3600.0)
         with new_folder(tmp_path / "out") as work:
             hidden = work.parents[1]
         (hidden / "work" / "out").mkdir(parents=True)

@@ -1,7 +1,6 @@
 """Runs, models and data that the commands for saved runs refuse: one line on stderr, nothing written."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import sys
 
@@ -17,7 +18,7 @@ import jbn
 import jbn.cli.batches
 import jbn.cli.fit
 import jbn.cli.train
-from jbn.cli import main
+from jbn.cli import display, main
 from jbn.cli.batches import Batches
 from jbn.cli.data import load_data
 from jbn.cli.devices import mesh_of
@@ -170,6 +171,13 @@ class TestOptions:
             "classes": 3,
         }
 
+    def test_alone_it_shows_help_and_it_says_its_version(self, capsys):
+        assert main([]) == 0
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in ("Usage: jbn", "train", "inspect", "calibrate", "fold", "bench"))
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"jbn {jbn.__version__}\n"
+
     def test_help_names_every_option(self, capsys):
         assert main(["train", "--help"]) == 0
         shown = capsys.readouterr().out
@@ -197,6 +205,34 @@ class TestTerminal:
             assert text in shown
         with pytest.raises(json.JSONDecodeError):
             json.loads(shown)
+
+    def test_a_bar_says_compiling_before_the_first_step(self, monkeypatch):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        with display.progress(["with", "without"], 8) as report:
+            report("with", None)
+        assert re.search(r"with .*0/8 compiling", terminal.getvalue())
+        assert re.search(r"without .*0/8 waiting", terminal.getvalue())
+
+    @pytest.mark.parametrize(("accuracies", "hint"), [((0.5, 0.9), True), ((0.9, 0.9), False)])
+    def test_where_batch_norm_loses_there_is_a_hint(self, monkeypatch, accuracies, hint):
+        names = ("train_loss", "test_accuracy", "steps_to_target", "ms_per_step", "compile_s", "skipped_steps")
+        summary = {
+            name: {**dict.fromkeys(names, 0), "test_accuracy": accuracy}
+            for name, accuracy in zip(("with", "without"), accuracies, strict=True)
+        }
+        document = {"data": {"source": "some"}, "steps": 4, "devices": 1, "held_equal": [], "summary": summary}
+        document["options"] = {"target_loss": 0.1, "lr": 0.25, "batch_size": 8, "out": "run"}
+        monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+        monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", "300")
+        display.show(document)
+        assert ("(--lr, now 0.25), and batches that are not small (--batch-size, now 8)" in terminal.getvalue()) == hint
 
 
 class TestInterrupt:
