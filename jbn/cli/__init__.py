@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 from jbn.cli.bad_input import BadInput
 from jbn.cli.interrupt import check, heard, signal_seen
-from jbn.cli.streams import Unprinted, make_ready, printing
+from jbn.cli.streams import Unprinted, make_ready, printing, say
 
 __all__ = ["main"]
 
@@ -54,21 +54,20 @@ def main(argv: list[str] | None = None) -> int:
             check()
             return (job() if job is not None else None) or 0
         except BadInput as error:
-            print(f"jbn: {error}", file=sys.stderr)
+            say(str(error))
             return 2
-        except KeyboardInterrupt:
-            number = signal_seen()
-            how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-            print(f"jbn: {how}.", file=sys.stderr)
+        except (Unprinted, BrokenPipeError) as error:
+            if isinstance(error, Unprinted):  # and no reader who has had enough, as in jbn train | head
+                say(f"stdout: got {error}; expected room for the report; what goes to files is saved.")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except BaseException as error:
+            # Python makes a RuntimeError of a KeyboardInterrupt that comes up while a class is made.
+            number = signal_seen() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+            if number is None:
+                raise
+            say("interrupted." if number == signal.SIGINT else f"ended by {signal.Signals(number).name}.")
             if argv is None:
                 sys.stderr.flush()
                 os._exit(128 + number)  # Python's own way out waits for nothing, and XLA may still compile: a crash
             return 128 + number
-        except (Unprinted, BrokenPipeError) as error:
-            if isinstance(error, Unprinted):  # and no reader who has had enough, as in jbn train | head
-                print(
-                    f"jbn: stdout: got {error}; expected room for the report; what goes to files is saved.",
-                    file=sys.stderr,
-                )
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1

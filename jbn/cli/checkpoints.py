@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 
 from jbn.cli.bad_input import BadInput
 from jbn.cli.locks import take
+from jbn.cli.streams import say
 
 __all__ = ["Checkpoint", "Checkpoints", "alone_in", "checkpoints"]
 
@@ -176,10 +176,7 @@ class Checkpoints:
 
     def _warn(self, step: int) -> None:
         if self._damaged and jax.process_index() == 0:
-            print(
-                f"jbn: --checkpoint-dir: got {self._folder} with damage in {self._names()}; going on from {step}.",
-                file=sys.stderr,
-            )
+            say(f"--checkpoint-dir: got {self._folder} with damage in {self._names()}; going on from {step}.")
 
     def _names(self) -> str:
         return ", ".join(map(str, self._damaged))

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Table
 from jbn.cli.data import Data
 from jbn.cli.fit import Progress
 from jbn.cli.saving import to_json
-from jbn.cli.streams import printing
+from jbn.cli.streams import printing, say
 
 __all__ = ["progress", "show", "show_lines", "tell_data"]
 
@@ -52,9 +52,9 @@ def progress(names: Sequence[str], steps: int, shown: bool = True) -> Iterator[C
 def tell_data(data: Data) -> None:
     """Says how the data were understood, on a terminal, and on stderr what is odd about them."""
     for doubt in data.doubts:
-        print(f"jbn: {doubt}", file=sys.stderr)
+        say(doubt)
     if sys.stdout.isatty():
-        with printing():
+        with suppress(OSError):
             print(f"{data.source}: {data.understood}")
 
 

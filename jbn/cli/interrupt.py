@@ -1,22 +1,27 @@
 """Ctrl-C, SIGTERM and SIGHUP, none of which is lost."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = ["check", "heard", "signal_seen"]
 
 _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _seen: list[int] = []
+_AGAIN = 0.05  # s
 
 
 @contextmanager
 def heard() -> Iterator[None]:
     """Makes each of the signals a KeyboardInterrupt, for the time of the block.
 
-    Python lets only the main thread have handlers; one that the caller set stays, and so does one who ignores them.
+    Python drops an exception that comes up inside a callback of its garbage collector, and JAX has one that runs
+    often: then the signal is sent once more. Python lets only the main thread have handlers; one that the caller set
+    stays, and what is ignored is ignored.
     """
 
     def on_signal(number, frame):
@@ -24,10 +29,15 @@ def heard() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def on_unraisable(dropped):
-        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+        if _seen and isinstance(dropped.exc_value, KeyboardInterrupt):
+            again.append(threading.Timer(_AGAIN, os.kill, (os.getpid(), _seen[-1])))
+            again[-1].daemon = True
+            again[-1].start()
+        else:
             hook(dropped)
 
-    before = {}
+    before: dict[int, Any] = {}
+    again: list[threading.Timer] = []
     if threading.current_thread() is threading.main_thread():
         standard = (signal.SIG_DFL, signal.default_int_handler)
         before = {number: old for number in _NUMBERS if (old := signal.getsignal(number)) in standard}
@@ -38,21 +48,19 @@ def heard() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
+        for timer in again:
+            timer.cancel()
         for number, old in before.items():
             signal.signal(number, old)
         _seen.clear()
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if there was a signal that got no further.
-
-    Python drops an exception that comes up inside a callback of its garbage collector, and JAX has one that runs
-    often: without a second look a Ctrl-C that falls there would do nothing.
-    """
+    """Raises KeyboardInterrupt if there was a signal whose exception somebody has caught and dropped."""
     if _seen:
         raise KeyboardInterrupt
 
 
-def signal_seen() -> int:
-    """The signal behind a KeyboardInterrupt."""
-    return _seen[-1] if _seen else signal.SIGINT
+def signal_seen() -> int | None:
+    """The last signal, if there was one."""
+    return _seen[-1] if _seen else None

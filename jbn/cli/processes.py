@@ -116,7 +116,7 @@ def _wait(child: int) -> int:
         try:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         except KeyboardInterrupt:
-            os.kill(child, signal_seen())
+            os.kill(child, signal_seen() or signal.SIGINT)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,6 +21,7 @@ import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.locks import take
 from jbn.cli.network import NetworkSpec, build
+from jbn.cli.streams import say
 
 __all__ = ["load_model", "named", "new_file", "new_folder", "replaced_files", "results", "save_model", "to_json"]
 
@@ -80,7 +80,7 @@ def results(folder: Path, *, numbered: bool = False) -> Iterator[Place]:
                     if not os.path.lexists(place.final):
                         raise
             if place.final != final:
-                print(f"jbn: --out: got {final}, taken meanwhile; the results are in {place.final}.", file=sys.stderr)
+                say(f"--out: got {final}, taken meanwhile; the results are in {place.final}.")
     except OSError as error:
         raise BadInput(
             f"--out: got {folder} ({error.strerror or error}); {expected} in a place that can be written to; "

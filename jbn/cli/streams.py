@@ -4,9 +4,9 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-__all__ = ["Unprinted", "make_ready", "printing"]
+__all__ = ["Unprinted", "make_ready", "printing", "say"]
 
 
 class Unprinted(Exception):
@@ -27,6 +27,12 @@ def make_ready() -> None:
             setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def say(line: str) -> None:
+    """A line on stderr, if there is room."""
+    with suppress(OSError):
+        print(f"jbn: {line}", file=sys.stderr)
 
 
 @contextmanager

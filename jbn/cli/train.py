@@ -44,6 +44,7 @@ def run(options: TrainOptions) -> None:
             data = _data(options)
             specs = _specs(options, data)
             place = _reserved(options, stack) if first() else None
+        check()
         same("--data", data.digest)
         if first():
             display.tell_data(data)
@@ -103,6 +104,7 @@ def _fits(
                 check()
                 show(name, made)
 
+            check()
             show(name, None)
             network = build(spec)
             params, state = network.init(jax.random.key(options.seed))

@@ -1,10 +1,12 @@
 """Output that goes nowhere, or in an encoding that lacks γ, costs no result; and no signal is lost."""
 
+import gc
 import io
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,32 @@ class TestSignals:
         assert capsys.readouterr() == ("", f"jbn: {said}.\n")
         assert os.listdir(tmp_path) == ["data.npz"]
         assert signal.getsignal(getattr(signal, name)) is handler
+
+    def test_it_is_sent_again_where_the_garbage_collector_drops_the_exception(
+        self, tmp_path, monkeypatch, capsys, name
+    ):
+        def callback(phase, info):
+            gc.callbacks.remove(callback)
+            signal.raise_signal(getattr(signal, name))
+
+        def dropped(*given):
+            gc.callbacks.append(callback)
+            gc.collect()
+            for _ in range(1000):  # until it comes again
+                time.sleep(0.05)
+
+        monkeypatch.setattr(jbn.cli.train, "fit", dropped)
+        assert main(train(two_classes(tmp_path), tmp_path / "run")) == SIGNALS[name][0]
+        assert capsys.readouterr() == ("", f"jbn: {SIGNALS[name][1]}.\n")
+
+    def test_it_counts_where_python_makes_another_error_of_it(self, tmp_path, monkeypatch, capsys, name):
+        class Descriptor:
+            def __set_name__(self, owner, name_):
+                signal.raise_signal(getattr(signal, name))
+
+        monkeypatch.setattr(jbn.cli.train, "fit", lambda *given: type("Made", (), {"attribute": Descriptor()}))
+        assert main(train(two_classes(tmp_path), tmp_path / "run")) == SIGNALS[name][0]
+        assert capsys.readouterr() == ("", f"jbn: {SIGNALS[name][1]}.\n")
 
     def test_it_is_heard_before_jax_is_imported(self, tmp_path, name):
         """A jax that gets the signal while it is imported, and would go on."""
