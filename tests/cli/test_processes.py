@@ -18,7 +18,7 @@ from jbn.cli import main
 pytestmark = pytest.mark.processes
 
 SMALL = ("--batch-size", "16", "--epochs", "1", "--hidden", "4", "--accumulate", "2")
-ENDLESS = ("--batch-size", "16", "--epochs", "100000", "--hidden", "4", "--no-compare", "--checkpoint-every", "1")
+ENDLESS = ("--batch-size", "24", "--epochs", "100000", "--hidden", "4", "--no-compare", "--checkpoint-every", "1")
 AGAIN = "expected all of them to stay to the end; start them all again, with the same options."
 
 

@@ -96,7 +96,9 @@ class TestInOneProcess:
         [
             (MLP, (1, 6)),
             ((*MLP, *ALONE, "--optimizer", "adam", "--accumulate", "4", "--dtype", "bfloat16"), (0, 3)),
-            ((*RESNET, *ALONE, "--optimizer", "momentum", "--weight-decay", "0.1"), (1, 2)),
+            pytest.param(
+                (*RESNET, *ALONE, "--optimizer", "momentum", "--weight-decay", "0.1"), (1, 2), marks=pytest.mark.nightly
+            ),
         ],
     )
     def test_cut_short_twice_it_ends_the_same(self, data, tmp_path, capsys, monkeypatch, arguments, cuts):

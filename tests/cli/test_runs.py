@@ -45,6 +45,7 @@ class TestResnet:
             accuracy = np.mean(np.argmax(np.asarray(outputs), -1) == y)
             assert accuracy == pytest.approx(printed["summary"][name]["test_accuracy"])
 
+    @pytest.mark.nightly
     def test_takes_the_digits_as_images(self, tmp_path, capsys):
         options = ("--widths", "2", "--epochs", 1, "--batch-size", 512, "--no-compare")
         printed = call(capsys, "train", "--network", "resnet", *options, "--out", tmp_path / "run")

@@ -81,7 +81,9 @@ class TestNowhere:
         assert {"with.safetensors", "folded.safetensors", "metrics.json"} < set(os.listdir(run))
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
-    @pytest.mark.parametrize("redirection", [">/dev/full", ">&-", ">&- 2>&-"])
+    @pytest.mark.parametrize(
+        "redirection", [">&-", *(pytest.param(each, marks=pytest.mark.nightly) for each in (">/dev/full", ">&- 2>&-"))]
+    )
     def test_a_closed_or_full_stdout_of_a_process(self, tmp_path, redirection):
         command = f"exec {sys.executable} -m jbn --help {redirection}"
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60, cwd=tmp_path)
