@@ -105,7 +105,7 @@ def test_when_one_is_killed_all_others_end_with_a_line_that_says_so(data, tmp_pa
     with Run(tmp_path / "logs", 3, training(data, tmp_path)) as run:
         run.wait_for(lambda: any((tmp_path / "kept" / "with").glob("[0-9]*")))
         run.all[victim].kill()
-        codes = run.codes(60)
+        codes = run.codes(120)
     assert codes == [-signal.SIGKILL if i == victim else 2 for i in range(3)]
     for i, err in enumerate(run.printed("err")):
         if i != victim:
@@ -127,7 +127,7 @@ def test_ctrl_c_in_one_process_ends_it_as_always_and_the_others_with_a_line(data
     with Run(tmp_path / "logs", 2, training(data, tmp_path)) as run:
         run.wait_for(lambda: any((tmp_path / "kept" / "with").glob("[0-9]*")))
         run.all[0].send_signal(number)
-        assert run.codes(60) == [128 + number, 2]
+        assert run.codes(120) == [128 + number, 2]
     assert run.printed("err")[0].splitlines()[-1] == f"jbn: {said}."
     assert run.printed("err")[1].splitlines()[-1].endswith(AGAIN)
     assert sorted(os.listdir(tmp_path)) == ["data.npz", "kept", "logs"]
@@ -139,7 +139,7 @@ def test_bad_input_that_one_process_finds_ends_all_of_them_alike(data, tmp_path,
     wrong = {0: ("--out", data), 1: ("--data", tmp_path / "none.npz")}[finder]
     arguments = ("--data", data, *SMALL, "--out", tmp_path / "out")
     with Run(tmp_path / "logs", 2, arguments, {finder: wrong}) as run:
-        assert run.codes(60) == [2, 2]
+        assert run.codes(120) == [2, 2]
     first, second = run.printed("err")
     assert first == second
     assert first.count("\n") == 1
@@ -154,7 +154,7 @@ def test_data_that_are_not_the_same_everywhere_are_refused(data, tmp_path):
     np.savez(other, x=np.random.default_rng(1).normal(size=(90, 3)), y=np.arange(90) % 2)
     arguments = ("--data", data, *SMALL, "--out", tmp_path / "out")
     with Run(tmp_path / "logs", 2, arguments, {1: ("--data", other)}) as run:
-        assert run.codes(60) == [2, 2]
+        assert run.codes(120) == [2, 2]
     message = (
         "jbn: --data: got something else in process 1 than in process 0; expected the same everywhere; "
         "give all processes the same.\n"
@@ -171,7 +171,7 @@ def test_a_process_that_meets_no_other_says_so_in_time(tmp_path, process):
         [sys.executable, "-m", "jbn", "train", *command, address],
         capture_output=True,
         text=True,
-        timeout=40,
+        timeout=120,
         cwd=tmp_path,
     )
     assert (done.returncode, done.stdout) == (2, "")
@@ -198,7 +198,7 @@ def test_processes_that_were_not_told_the_same_end_alike(data, tmp_path, option,
     (tmp_path / "logs").mkdir()
     arguments = ("--data", data, *SMALL, "--timeout", "10", "--out", tmp_path / "out")
     with Run(tmp_path / "logs", 2, arguments, {1: (option, value)}) as run:
-        assert run.codes(60) == [2, 2]
+        assert run.codes(120) == [2, 2]
     for err in run.printed("err"):
         assert err.count("\n") == 1
         assert err.startswith(f"jbn: {message}")
