@@ -62,6 +62,14 @@ class TestStandardized:
             == loaded(tmp_path, (0.1 + noise(60, 1)).astype(np.float32), y).digest
         )  # as in the checkpoints of version 0.1.0
 
+    def test_a_run_finds_its_data_from_anywhere(self, tmp_path, capsys, monkeypatch):
+        np.savez(tmp_path / "d.npz", x=noise(40, 2), y=np.arange(40) % 2)
+        monkeypatch.chdir(tmp_path)
+        call(capsys, "train", "--data", "d.npz", *SMALL, "--out", "run")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert call(capsys, "inspect", tmp_path / "run")["data"]["train"] == 32
+
     def test_a_constant_is_0_and_said(self, tmp_path, capsys):
         x = noise(40, 4)
         x[:, 1:3] = 0.1, 1e9 + 0.1
