@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["check", "heard", "signal_seen"]
+__all__ = ["check", "hear_again", "heard", "signal_seen"]
 
 _NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _seen: list[int] = []
@@ -53,6 +53,14 @@ def heard() -> Iterator[None]:
         for number, old in before.items():
             signal.signal(number, old)
         _seen.clear()
+
+
+def hear_again() -> None:
+    """Puts the handlers back where somebody else has taken a signal, as the preemption service of JAX takes SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _NUMBERS:
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 def check() -> None:

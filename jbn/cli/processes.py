@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 from jbn.cli.bad_input import BadInput
-from jbn.cli.interrupt import signal_seen
+from jbn.cli.interrupt import hear_again, signal_seen
 from jbn.cli.options import TrainOptions, dashed
 
 __all__ = ["agreed", "first", "joined", "same", "supervised"]
@@ -160,6 +160,7 @@ def _connect(options: TrainOptions) -> None:
     finally:
         os.dup2(shown, 2)
         os.close(shown)
+        hear_again()
     if _parent is not None:
         _parent.sendall(_MET.encode())
     _compare(options)

@@ -119,7 +119,7 @@ def test_when_one_is_killed_all_others_end_with_a_line_that_says_so(data, tmp_pa
     ("number", "said"),
     [
         (signal.SIGINT, "interrupted"),
-        pytest.param(signal.SIGTERM, "ended by SIGTERM", marks=pytest.mark.nightly),
+        (signal.SIGTERM, "ended by SIGTERM"),
     ],
 )
 def test_ctrl_c_in_one_process_ends_it_as_always_and_the_others_with_a_line(data, tmp_path, number, said):
