@@ -1,17 +1,21 @@
 """The command line: ``jbn train`` and ``jbn bench``. The only place in the package that prints.
 
-What each file holds: ``commands`` the options as typer sees them; ``options`` what values they take;
-``data``, ``network``, ``fit``, ``activations``, ``saving`` and ``interrupt`` the pieces of a run; ``devices``
-where its arrays lie; ``processes`` how several processes are one run; ``checkpoints`` what outlives
-it, and ``resume`` how it goes on from there; ``train`` puts them together; ``runs`` reads one again, for
-``inspect``, ``calibrate`` and ``fold``; ``display`` shows a run while it goes, and what came out.
+What each file holds: ``commands`` what typer sees; ``options`` each option, ``parsers`` what values they take;
+``data``, ``network``, ``batches``, ``fit`` and ``activations`` the pieces of a run; ``devices`` where its arrays lie;
+``processes`` how several processes are one run; ``saving`` what a run leaves, ``locks`` that no other is at the same
+place; ``checkpoints`` what outlives it, and ``resume`` how it goes on from there; ``train`` puts them together;
+``runs`` reads one again, for ``inspect``, ``calibrate``, ``fold`` and ``export``; ``convert`` needs none; ``display``
+shows a run while it goes, and what came out, ``streams`` in any encoding; ``interrupt`` hears Ctrl-C.
 """
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
 
 from jbn.cli.bad_input import BadInput
+from jbn.cli.interrupt import check, heard, signal_seen
+from jbn.cli.streams import Unprinted, make_ready, printing, say
 
 __all__ = ["main"]
 
@@ -26,35 +30,44 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments after the program's name; None for those of the process.
 
     Returns:
-        0 when done, 2 for input that cannot be used (one line on stderr), 130 when interrupted.
+        0 when done, 2 for input that cannot be used (one line on stderr), 1 where the report cannot be printed, 130
+        when interrupted, 143 after SIGTERM, 129 after SIGHUP.
 
     Example:
         >>> from jbn.cli import main
         >>> main(["train", "--epochs", "0"])  # on stderr: jbn: --epochs: got 0; expected …
         2
     """
-    try:
-        missing = [name for name in _NEEDED if find_spec(name) is None]
-        if missing:
-            raise BadInput(
-                f"extra 'demo': got no module {', '.join(missing)}; expected what the command line needs; "
-                f"install it with: pip install 'jbn[demo]'"
-            )
-        from jbn.cli.commands import parse
+    make_ready()
+    with heard():
+        try:
+            missing = [name for name in _NEEDED if find_spec(name) is None]
+            if missing:
+                raise BadInput(
+                    f"extra 'demo': got no module {', '.join(missing)}; expected what the command line needs; "
+                    f"install it with: pip install 'jbn[demo]'"
+                )
+            from jbn.cli.commands import parse
 
-        job = parse(sys.argv[1:] if argv is None else argv)
-        code = job() if job is not None else None
-        sys.stdout.flush()
-    except BadInput as error:
-        print(f"jbn: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("jbn: interrupted.", file=sys.stderr)
-        if argv is None:
-            sys.stderr.flush()
-            os._exit(130)  # Python's own way out waits for nothing, and XLA may still be compiling: a crash
-        return 130
-    except BrokenPipeError:  # whoever read what is printed, as in jbn train | head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code or 0
+            with printing():
+                job = parse(sys.argv[1:] if argv is None else argv)
+            check()
+            return (job() if job is not None else None) or 0
+        except BadInput as error:
+            say(str(error))
+            return 2
+        except (Unprinted, BrokenPipeError) as error:
+            if isinstance(error, Unprinted):  # and no reader who has had enough, as in jbn train | head
+                say(f"stdout: got {error}; expected room for the report; what goes to files is saved.")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except BaseException as error:
+            # Python makes a RuntimeError of a KeyboardInterrupt that comes up while a class is made.
+            number = signal_seen() or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else None)
+            if number is None:
+                raise
+            say("interrupted." if number == signal.SIGINT else f"ended by {signal.Signals(number).name}.")
+            if argv is None:
+                sys.stderr.flush()
+                os._exit(128 + number)  # Python's own way out waits for nothing, and XLA may still compile: a crash
+            return 128 + number

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,10 @@ import jax
 import numpy as np
 
 from jbn.cli.bad_input import BadInput
+from jbn.cli.locks import take
+from jbn.cli.streams import say
 
-__all__ = ["Checkpoint", "Checkpoints", "checkpoints"]
+__all__ = ["Checkpoint", "Checkpoints", "alone_in", "checkpoints"]
 
 # The newest, and what is left should it turn out to be damaged.
 _KEPT = 3
@@ -34,13 +35,16 @@ class Checkpoint(NamedTuple):
 
 
 @contextmanager
-def checkpoints(folder: Path, identity: dict[str, Any]) -> Iterator["Checkpoints"]:
+def checkpoints(
+    folder: Path, identity: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> Iterator["Checkpoints"]:
     """Gives the `Checkpoints` in a folder, which is made if need be.
 
     Args:
         folder: for the checkpoints of one network.
         identity: every option that changes the result, and its value, as JSON holds it; a checkpoint of
             another identity is refused.
+        defaults: the values of options that a checkpoint does not know.
     """
     from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions
     from orbax.checkpoint.options import MultiprocessingOptions
@@ -68,20 +72,37 @@ def checkpoints(folder: Path, identity: dict[str, Any]) -> Iterator["Checkpoints
                 tempfile.TemporaryFile(dir=folder).close()  # fails now, and not after the first steps
             manager = CheckpointManager(folder.absolute(), options=options)
         try:
-            yield Checkpoints(manager, folder, identity)
+            yield Checkpoints(manager, folder, identity, defaults or {})
         finally:
             manager.close()
     finally:
         log.setLevel(level)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder of checkpoints, which is made if need be."""
+    with _reported(folder, f"a folder that can be written to; {_OTHER[3:]}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = take(folder / ".lock")
+    if lock is None:
+        raise BadInput(
+            f"--checkpoint-dir: got {folder}, which another run is using; expected one that no run is writing to; wait "
+            f"until it has ended, {_OTHER}."
+        )
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 class Checkpoints:
     """The checkpoints of one network: ``newest()`` to go on from, and ``save(checkpoint)``."""
 
-    def __init__(self, manager: Any, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, manager: Any, folder: Path, identity: dict[str, Any], defaults: dict[str, Any]) -> None:
         self._manager = manager
         self._folder = folder
-        self._identity = json.loads(json.dumps(identity))
+        self._identity, self._defaults = json.loads(json.dumps((identity, defaults)))
         self._damaged: list[int] = []
 
     def newest(self) -> Checkpoint | None:
@@ -144,6 +165,7 @@ class Checkpoints:
             return None
 
     def _refuse_other(self, identity: dict[str, Any]) -> None:
+        identity = {**{name: value for name, value in self._defaults.items() if name in self._identity}, **identity}
         for name in {**self._identity, **identity}:
             got, expected = (_joined(each.get(name)) for each in (self._identity, identity))
             if got != expected:
@@ -154,10 +176,7 @@ class Checkpoints:
 
     def _warn(self, step: int) -> None:
         if self._damaged and jax.process_index() == 0:
-            print(
-                f"jbn: --checkpoint-dir: got {self._folder} with damage in {self._names()}; going on from {step}.",
-                file=sys.stderr,
-            )
+            say(f"--checkpoint-dir: got {self._folder} with damage in {self._names()}; going on from {step}.")
 
     def _names(self) -> str:
         return ", ".join(map(str, self._damaged))

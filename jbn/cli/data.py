@@ -2,11 +2,10 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
-import jax.numpy as jnp
 import numpy as np
 
 import jbn
@@ -15,6 +14,7 @@ from jbn.cli.bad_input import BadInput
 __all__ = ["Data", "Fitted", "load_data"]
 
 _TEST_SHARE = 0.2
+_VALUES_AT_A_TIME = 2**22
 
 
 class Data(NamedTuple):
@@ -24,10 +24,12 @@ class Data(NamedTuple):
         x, x_test: (N, …, C) float32.
         y, y_test: (N,) int32 labels, 0 to classes − 1.
         classes: how many.
-        inputs: the statistics that standardized x and x_test, of features or channels (C,), for
-            `normalize_inputs`.
+        inputs: the statistics that standardized x and x_test, of features or channels (C,), in float64.
         source: where the data came from.
         digest: what tells the examples from others, the same on machines that round differently.
+        names: what the labels were called, where they were words.
+        understood: how many of what, in words.
+        doubts: what is odd about the examples, a line each.
     """
 
     x: np.ndarray
@@ -38,6 +40,9 @@ class Data(NamedTuple):
     inputs: jbn.BNStats
     source: str
     digest: str
+    names: tuple[str, ...]
+    understood: str
+    doubts: tuple[str, ...]
 
 
 class Fitted(NamedTuple):
@@ -46,6 +51,7 @@ class Fitted(NamedTuple):
     inputs: jbn.BNStats
     classes: int
     width: int  # of the inputs, as the first layer takes them
+    names: tuple[str, ...] = ()  # of the classes, where they have any
 
 
 def load_data(file: Path | None, seed: int, *, flat: bool, fitted: Fitted | None = None) -> Data:
@@ -62,37 +68,87 @@ def load_data(file: Path | None, seed: int, *, flat: bool, fitted: Fitted | None
     """
     arrays = _digits() if file is None else _read(file)
     source = "handwritten digits (scikit-learn)" if file is None else str(file)
-    x, y = _examples(arrays, "x"), _labels(arrays, "y")
+    names = _names(arrays["y"]) if fitted is None else fitted.names
+    x, y = _examples(arrays, "x"), _labels(arrays, "y", names)
     _check_pair("x", x, "y", y)
     classes = _check_classes(y) if fitted is None else fitted.classes
     if fitted is not None:
         _check_fitted(x, y, fitted, flat)
     if "x_test" in arrays:
-        x_test, y_test = _examples(arrays, "x_test"), _labels(arrays, "y_test")
+        x_test, y_test = _examples(arrays, "x_test"), _labels(arrays, "y_test", names)
         _check_pair("x_test", x_test, "y_test", y_test)
         _check_test(x, x_test, y_test, classes)
     else:
         x, x_test, y, y_test = _split(x, y, seed)
-    digest = _digest(x, y, x_test, y_test)
-    z, inputs = jbn.normalize_inputs(jnp.asarray(x), None if fitted is None else fitted.inputs)
-    z_test, _ = jbn.normalize_inputs(jnp.asarray(x_test), inputs)
+    inputs = _measured(x) if fitted is None else fitted.inputs
+    z, z_test = _standardized(x, inputs), _standardized(x_test, inputs)
     for name, values in (("x", z), ("x_test", z_test), ("x", inputs.var)):
-        if not bool(jnp.all(jnp.isfinite(values))):
+        if not np.isfinite(values).all():
             raise BadInput(
-                f"--data: got values in {name} too large or too far apart to be standardized in float32; "
-                f"expected values below 1e15 or so; rescale them."
+                f"--data: got values in {name} too large or too far apart to be standardized; "
+                f"expected values below 1e150 or so; rescale them."
             )
+    kind = f"{'×'.join(map(str, x.shape[1:]))} images" if x.ndim == 4 else f"{x.shape[1]} features"
+    understood = f"{len(x)} train, {len(x_test)} test, {kind}, {classes} classes"
+    digest, doubts = _digest(inputs, x, y, x_test, y_test), tuple(_doubts(x, inputs))
     if flat:
         z, z_test = z.reshape(len(z), -1), z_test.reshape(len(z_test), -1)
     y, y_test = y.astype(np.int32), y_test.astype(np.int32)
-    return Data(np.asarray(z), y, np.asarray(z_test), y_test, classes, inputs, source, digest)
+    return Data(z, y, z_test, y_test, classes, inputs, source, digest, names, understood, doubts)
 
 
-def _digest(*arrays: np.ndarray) -> str:
+def _chunks(x: np.ndarray) -> Iterator[np.ndarray]:
+    """In float64, a part at a time, so that the whole never takes twice its room."""
+    step = max(1, _VALUES_AT_A_TIME // x[0].size)
+    return (x[i : i + step].astype(np.float64) for i in range(0, len(x), step))
+
+
+def _measured(x: np.ndarray) -> jbn.BNStats:
+    """The statistics of features or channels in float64: float32 would round away what a large mean hides."""
+    axes, m = tuple(range(x.ndim - 1)), math.prod(x.shape[:-1])
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = sum(part.sum(axes) for part in _chunks(x)) / m
+        low = x.min(axes)
+        mean = np.where(low == x.max(axes), low, mean)  # exactly, so that the variance of a constant is 0
+        var = sum(np.square(part - mean).sum(axes) for part in _chunks(x)) / m
+    return jbn.BNStats(mean, var, np.full(mean.shape, m, np.float64))  # type: ignore[arg-type]
+
+
+def _standardized(x: np.ndarray, inputs: jbn.BNStats) -> np.ndarray:
+    """(x − μ)/σ in float32; a constant feature gives 0."""
+    mean, var = (np.asarray(each, np.float64) for each in inputs[:2])
+    scale = np.where(var > 0, np.sqrt(var), np.inf)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.concatenate([((part - mean) / scale).astype(np.float32) for part in _chunks(x)])
+
+
+def _doubts(x: np.ndarray, inputs: jbn.BNStats) -> Iterator[str]:
+    what = "channel" if x.ndim == 4 else "feature"
+    constant = np.flatnonzero(inputs.var == 0)
+    if len(constant):
+        yield (
+            f"--data: got {len(constant)} of {x.shape[-1]} {what}s in x that are constant, {what} {constant[0]} first; "
+            f"they become 0 and tell the network nothing."
+        )
+    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        height, width, channels = x.shape[1:]
+        yield (
+            f"--data: got images of shape {x.shape[1:]} in x, taken as {height} high, {width} wide, of {channels} "
+            f"channels; if the channels come first, pass numpy.moveaxis(x, 1, -1)."
+        )
+
+
+def _digest(inputs: jbn.BNStats, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> str:
+    """Of the values in float32, and in float64 where that is too coarse to tell examples from each other."""
     content = hashlib.sha256()
-    for array in arrays:
+    for array in (x.astype(np.float32), y, x_test.astype(np.float32), y_test):
         content.update(f"{array.shape} {array.dtype}".encode())
         content.update(np.ascontiguousarray(array).data)
+    coarse = 1e-4 * np.sqrt(np.asarray(inputs.var, np.float64))
+    for array in (x, x_test):
+        for part in _chunks(array):
+            if (np.abs(part - part.astype(np.float32)) > coarse).any():
+                content.update(part.data)
     return content.hexdigest()[:16]
 
 
@@ -119,7 +175,9 @@ def _read(file: Path) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or "not readable"
         raise BadInput(f"--data: got {file} ({reason}); expected {wanted}; check the path.") from None
-    except (ValueError, EOFError, BadZipFile, KeyError):
+    except BadInput:
+        raise
+    except Exception:  # a damaged file can fail in any way: zip, zlib, a header without an end, a size beyond memory
         raise BadInput(
             f"--data: got {file}, which is no .npz file, is damaged or holds pickled objects; "
             f"expected {wanted}; {advice}."
@@ -132,7 +190,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _examples(arrays: dict[str, Any], name: str) -> np.ndarray:
-    """(N, features) or (N, H, W, C) float32, all finite."""
+    """(N, features) or (N, H, W, C) real numbers, all finite."""
     x = arrays[name]
     if x.dtype.kind not in "biuf":
         raise BadInput(f"--data: got dtype {x.dtype} in {name}; expected real numbers; convert it.")
@@ -142,28 +200,50 @@ def _examples(arrays: dict[str, Any], name: str) -> np.ndarray:
             f"not empty; "
             f"reshape it."
         )
-    with np.errstate(over="ignore"):
-        x = x.astype(np.float32)
     wrong = np.argwhere(~np.isfinite(x))
     if len(wrong):
         raise BadInput(
-            f"--data: got {len(wrong)} of {x.size} values in {name} that are NaN or infinite in float32, "
+            f"--data: got {len(wrong)} of {x.size} values in {name} that are NaN or infinite, "
             f"the first in {name}[{wrong[0][0]}]; expected finite numbers; clean the data first."
         )
     return x[..., None] if x.ndim == 3 else x
 
 
-def _labels(arrays: dict[str, Any], name: str) -> np.ndarray:
-    """(N,) integers."""
+def _names(y: np.ndarray) -> tuple[str, ...]:
+    """The labels that are words, in the order in which they are numbered."""
+    return tuple(np.unique(_words(y)).tolist()) if y.dtype.kind in "SU" else ()
+
+
+def _words(y: np.ndarray) -> np.ndarray:
+    return np.char.decode(y, "utf-8", "replace") if y.dtype.kind == "S" else y
+
+
+def _labels(arrays: dict[str, Any], name: str, names: tuple[str, ...]) -> np.ndarray:
+    """(N,) integers: words are numbered, and True, False and whole numbers of any kind are taken."""
     y = arrays[name]
-    if y.dtype.kind not in "iu":
+    if y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind in "biuf" and ((y == 0).sum(1) == y.shape[1] - 1).all():
         raise BadInput(
-            f"--data: got dtype {y.dtype} in {name}; expected integer labels; "
-            f"convert them with numpy.unique(y, return_inverse=True)[1]."
+            f"--data: got one-hot rows of shape {y.shape} in {name}; expected (N,), a label for each example; "
+            f"pass numpy.argmax({name}, axis=1)."
         )
     if y.ndim != 1:
         raise BadInput(f"--data: got {name} of shape {y.shape}; expected (N,), a label for each example; reshape it.")
-    return y
+    if y.dtype.kind in "SU":
+        unknown = sorted(set(_words(y).tolist()) - set(names))
+        if unknown:
+            raise BadInput(
+                f"--data: got label {unknown[0]!r} in {name}; expected labels of the training set, "
+                f"{', '.join(names) or 'which are numbers'}; name both alike."
+            )
+        return np.searchsorted(np.asarray(names), _words(y))
+    if y.dtype.kind == "f" and not ((y == np.floor(y)) & (np.abs(y.astype(np.float64)) < 2**31)).all():
+        raise BadInput(
+            f"--data: got {name} with numbers that are not whole; expected a class for each example, since this is "
+            f"classification only; make classes of them, say with numpy.digitize."
+        )
+    if y.dtype.kind not in "biuf":
+        raise BadInput(f"--data: got dtype {y.dtype} in {name}; expected labels; make them integers or words.")
+    return y if y.dtype.kind in "iu" else y.astype(np.int64)
 
 
 def _check_pair(x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
@@ -177,10 +257,15 @@ def _check_pair(x_name: str, x: np.ndarray, y_name: str, y: np.ndarray) -> None:
 def _check_classes(y: np.ndarray) -> int:
     """How many classes; their labels have to be 0, 1, … without a gap."""
     found = np.unique(y)
-    if len(found) < 2 or found[0] != 0 or found[-1] != len(found) - 1:
+    if len(found) == 1:
+        raise BadInput(
+            f"--data: got one class in y, {found[0]} for all {len(y)} examples; expected at least two; add examples of "
+            f"another."
+        )
+    if found[0] != 0 or found[-1] != len(found) - 1:
         raise BadInput(
             f"--data: got {len(found)} different labels in y, from {found[0]} to {found[-1]}; "
-            f"expected 0, 1, … without a gap, at least two; "
+            f"expected 0, 1, … without a gap; "
             f"renumber them with numpy.unique(y, return_inverse=True)[1]."
         )
     return len(found)

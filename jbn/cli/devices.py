@@ -11,16 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from jbn.cli.bad_input import BadInput
 
-__all__ = ["axis_of", "deal", "local", "make_cpu_devices", "mesh_of", "over_devices", "replicated", "split"]
+__all__ = ["axis_of", "local", "make_cpu_devices", "mesh_of", "over_devices", "replicated", "split"]
 
 _AXIS = "data"
+_CPU_DEVICES = 64  # threads for each; JAX does not start with a thousand
 
 
 def make_cpu_devices(devices: int) -> None:
     """Lets a CPU be so many devices, if JAX has not started yet."""
     if devices > 1:
         with contextlib.suppress(RuntimeError):  # what JAX says once it has started
-            jax.config.update("jax_num_cpu_devices", devices)
+            jax.config.update("jax_num_cpu_devices", min(devices, _CPU_DEVICES))
 
 
 def mesh_of(devices: int) -> Mesh:
@@ -41,16 +42,6 @@ def mesh_of(devices: int) -> Mesh:
 def axis_of(mesh: Mesh) -> str | None:
     """The name to synchronize over; None for one device, where XLA:CPU would keep the collectives and their cost."""
     return None if mesh.size == 1 else _AXIS
-
-
-def deal(order: np.ndarray, devices: int, accumulate: int) -> np.ndarray:
-    """The rows (…, batch) in the order in which each device's share is consecutive.
-
-    A device splits its share into microbatches by itself. So that microbatch j holds the same rows on any number
-    of devices, each device is dealt its part of every microbatch.
-    """
-    by_micro = order.reshape(*order.shape[:-1], accumulate, devices, -1)
-    return by_micro.swapaxes(-3, -2).reshape(order.shape)
 
 
 def split(values: np.ndarray, rows: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -2,25 +2,29 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from jbn.cli.data import Data
 from jbn.cli.fit import Progress
 from jbn.cli.saving import to_json
+from jbn.cli.streams import printing, say
 
-__all__ = ["progress", "show", "show_lines"]
+__all__ = ["progress", "show", "show_lines", "tell_data"]
 
 
 @contextmanager
-def progress(names: Sequence[str], steps: int, shown: bool = True) -> Iterator[Callable[[str, Progress], None]]:
-    """Gives ``report(name, progress)``, which moves the bar of one of the runs, if this is a terminal."""
-    console = Console()
+def progress(names: Sequence[str], steps: int, shown: bool = True) -> Iterator[Callable[[str, Progress | None], None]]:
+    """Gives ``report(name, progress)``, which moves the bar of one of the runs, if this is a terminal.
+
+    The first report of a run is None, where it has begun to compile.
+    """
     if not (shown and sys.stdout.isatty()):
         yield lambda name, made: None
         return
@@ -28,26 +32,43 @@ def progress(names: Sequence[str], steps: int, shown: bool = True) -> Iterator[C
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  test accuracy {task.fields[accuracy]}"),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Bar(*columns, console=console) as bar:
-        tasks = {name: bar.add_task(name, total=steps, start=False, loss="  –  ", accuracy="  –  ") for name in names}
+    with Bar(*columns, console=Console()) as bar:
+        tasks = {name: bar.add_task(name, total=steps, start=False, state="waiting") for name in names}
 
-        def report(name: str, made: Progress) -> None:
+        def report(name: str, made: Progress | None) -> None:
+            if made is None:
+                bar.update(tasks[name], state="compiling")
+                return
             bar.start_task(tasks[name])
-            accuracy = "  –  " if made.accuracy is None else f"{made.accuracy:5.1%}"
-            bar.update(tasks[name], advance=made.steps, loss=f"{made.loss:.4f}", accuracy=accuracy)
+            accuracy = "" if made.accuracy is None else f"  test accuracy {made.accuracy:.1%}"
+            bar.update(tasks[name], advance=made.steps, state=f"loss {made.loss:.4f}{accuracy}")
 
         yield report
 
 
+def tell_data(data: Data) -> None:
+    """Says how the data were understood, on a terminal, and on stderr what is odd about them."""
+    for doubt in data.doubts:
+        say(doubt)
+    if sys.stdout.isatty():
+        with suppress(OSError):
+            print(f"{data.source}: {data.understood}")
+
+
 def show(document: dict[str, Any]) -> None:
     """Prints the outcome of a run."""
+    with printing():
+        if sys.stdout.isatty():
+            _show_table(document)
+        else:
+            print(to_json(document))
+
+
+def _show_table(document: dict[str, Any]) -> None:
     console = Console()
-    if not sys.stdout.isatty():
-        print(to_json(document))
-        return
     options, summary = document["options"], document["summary"]
     table = Table(title=f"{document['data']['source']}, {document['steps']} steps")
     table.add_column("")
@@ -63,12 +84,23 @@ def show(document: dict[str, Any]) -> None:
         console.print(f"{document['devices']} devices{several}, {document['stats']} statistics.", highlight=False)
     if document["held_equal"]:
         console.print(f"Held equal: {', '.join(document['held_equal'])}.", highlight=False)
+    if len(summary) == 2 and summary["with"]["test_accuracy"] < summary["without"]["test_accuracy"]:
+        console.print(
+            f"Batch norm did worse here. It wants a learning rate of its own, often a larger one (--lr, now "
+            f"{options['lr']:g}), and batches that are not small (--batch-size, now {options['batch_size']}).",
+            highlight=False,
+        )
     console.print(f"Results in {escape(str(options['out']))}", highlight=False, soft_wrap=True)
 
 
-def show_lines(document: dict[str, Any], lines: Sequence[str]) -> None:
-    """Prints what a command found: lines on a terminal, the document elsewhere."""
-    print("\n".join(lines) if sys.stdout.isatty() else to_json(document))
+def show_lines(document: dict[str, Any], lines: Sequence[str | Table]) -> None:
+    """Prints what a command found: lines and tables on a terminal, the document elsewhere."""
+    with printing():
+        if not sys.stdout.isatty():
+            print(to_json(document))
+            return
+        for line in lines:
+            print(line) if isinstance(line, str) else Console().print(line)
 
 
 def _rows(target: float, steps: int) -> dict[str, Callable[[dict[str, Any]], str]]:

@@ -11,17 +11,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
+from jbn.cli.batches import Batches
 from jbn.cli.data import Data
-from jbn.cli.devices import local, over_devices, replicated, split
+from jbn.cli.devices import local, over_devices, replicated
 from jbn.cli.network import loss_fn
 from jbn.networks import Network
 from jbn.training import TrainState
 
-__all__ = ["Fit", "Keeping", "Progress", "SoFar", "batch_order", "evaluate", "fit", "rows_of", "scorer"]
+__all__ = ["Fit", "Keeping", "Progress", "SoFar", "evaluate", "fit", "rows_of", "scorer"]
 
-# Steps in one call: enough to hide the call, few enough for a live display of a long epoch.
-_STEPS_A_CALL = 64
-_BYTES_A_CALL = 2**26
 _ROWS_A_CALL = 2048
 # Mini-batch losses are averaged over so many steps before they are held against a target.
 _WINDOW = 10
@@ -123,33 +121,25 @@ class Fit(NamedTuple):
         return int(reached[0]) + window if len(reached) else None
 
 
-def batch_order(examples: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
-    """(epochs, steps, batch_size) row numbers: each epoch a shuffle, less the rows that fill no batch."""
-    rng = np.random.default_rng(seed)
-    steps = examples // batch_size
-    shuffles = [rng.permutation(examples)[: steps * batch_size] for _ in range(epochs)]
-    return np.stack(shuffles).astype(np.int32).reshape(epochs, steps, batch_size)
-
-
 def fit(
     network: Network,
     step: Callable[..., Any],
     start: SoFar,
     data: Data,
-    order: np.ndarray,
+    batches: Batches,
     mesh: Mesh,
     report: Callable[[Progress], None],
     keeping: Keeping | None = None,
 ) -> Fit:
-    """Trains from ``start`` to the end of ``order``, each batch split over the mesh in consecutive parts.
+    """Trains from ``start`` to the last of the batches, each of them split over the mesh.
 
     ``step`` is made with ``axis_name=axis_of(mesh)``.
     """
-    steps, length = order.shape[1], _steps_a_call(order, data.x)
+    steps, length = batches.steps, batches.length(data.x)
     every = steps if keeping is None else keeping.every
     so_far = start._replace(train_state=replicated(start.train_state, mesh))
     score = scorer(network)
-    feeds = (_feed(data, rows, length, mesh) for rows in _calls(order, so_far.steps, length, every))
+    feeds = batches.feeds(data, mesh, so_far.steps, every)
     feed = next(feeds, None)
     if so_far.steps:
         report(Progress(so_far.steps, float(so_far.loss[-length:].mean()), so_far.accuracy))
@@ -207,29 +197,6 @@ def scorer(network: Network) -> Callable[..., Any]:
         return loss_fn(outputs, y), jnp.sum(jnp.argmax(outputs, axis=-1).astype(y.dtype) == y)
 
     return jax.jit(score)
-
-
-def _steps_a_call(order: np.ndarray, x: Any) -> int:
-    """How many steps go into one call: fewer of large batches, which wait in memory."""
-    _, steps, batch_size = order.shape
-    fitting = _BYTES_A_CALL // (batch_size * x[:1].nbytes)
-    return max(1, min(_STEPS_A_CALL, steps, fitting))
-
-
-def _calls(order: np.ndarray, at: int, length: int, every: int) -> Iterator[np.ndarray]:
-    """The rows of each call from a step on: up to ``length`` steps, none across the end of an epoch or a checkpoint."""
-    epochs, steps, _ = order.shape
-    while at < epochs * steps:
-        epoch, first = divmod(at, steps)
-        count = min(length, steps - first, every - at % every)
-        yield order[epoch, first : first + count]
-        at += count
-
-
-def _feed(data: Data, rows: np.ndarray, length: int, mesh: Mesh) -> tuple[int, jax.Array, jax.Array]:
-    """How many steps, and their examples x and y, filled up to ``length`` steps."""
-    filled = np.concatenate([rows, np.repeat(rows[:1], length - len(rows), axis=0)])
-    return len(rows), split(data.x, filled, mesh), split(data.y, filled, mesh)
 
 
 def _compiled(

@@ -1,14 +1,17 @@
 """``jbn inspect``: the batch norm layers of a saved run as a table and in pictures."""
 
+import re
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from jbn import report
 from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
+from jbn.cli.batches import Batches
 from jbn.cli.data import Data
-from jbn.cli.fit import batch_order
 from jbn.cli.network import build
 from jbn.cli.runs import Run, accuracy, load_run
 from jbn.cli.saving import new_folder, replaced_files
@@ -25,7 +28,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     size = min(made.options["batch_size"], len(data.x))
     if size < 2:
         raise BadInput("--data: got a training set of 1 example; expected at least 2; add examples.")
-    rows = batch_order(len(data.x), size, 1, made.options["seed"])[0, 0]
+    rows = next(Batches(len(data.x), size, 1, made.options["seed"]).order())[0]
     _, stats = network.apply(made.params, made.state, data.x[rows], train=True)
     table = report.summary(made.params, made.state, stats)
     with replaced_files(folder) if out is None else new_folder(out) as place:
@@ -40,15 +43,34 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         "layers": [row._asdict() for row in table.rows],
         "pictures": [(folder if out is None else out) / name for name in pictures],
     }
-    lines = [
+    lines: list[Any] = [
         f"{made.file}: {_described(made)}",
-        f"{data.source}: test accuracy {document['test_accuracy']:.2%}; batch B: {size} training examples",
+        f"{data.source}: test accuracy {document['test_accuracy']:.2%}",
+        f"batch B: {size} training examples",
         "",
-        str(table),
+        _as_table(table),
         "",
         "Pictures: " + ", ".join(map(str, document["pictures"])),
     ]
     display.show_lines(document, lines)
+
+
+def _as_table(found: report.Summary) -> Table:
+    """Each layer with the least and the largest value of its channels, in 80 columns."""
+    *_, dead, drift = str(found).splitlines()
+    updates = [count for row in found.rows for count in row.updates or ()] or [0]
+    after = " to ".join(map(str, sorted({min(updates), max(updates)})))
+    caption = f"least and largest of the C channels, after {after} updates\n{dead}\n{drift}"
+    table = Table(caption=caption, caption_justify="left", padding=0)
+    table.add_column("layer", overflow="fold")
+    for heading in ("C", "γ", "β", "running\nμ", "running\nσ²", "dead", "drift\nμ, σ²"):
+        table.add_column(heading, justify="right")
+    for row in found.rows:
+        pairs = (row.gamma, row.beta, row.mean, row.var, (row.drift_mean, row.drift_var))
+        cells = ["\n".join("–" if value is None else f"{value:.3g}" for value in pair or ()) for pair in pairs]
+        name = ".".join(re.findall(r"\w+", row.path)).removesuffix(".bn")
+        table.add_row(name, "×".join(map(str, row.features)), *cells[:4], str(row.dead), cells[4])
+    return table
 
 
 def _draw(place: Path, made: Run, stats: Any, data: Data) -> list[str]:

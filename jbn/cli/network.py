@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 import optax
 
 import jbn
-from jbn.cli.options import TrainOptions
+from jbn.cli.options import ACTIVATIONS, DTYPES, NETWORKS, TrainOptions
 from jbn.networks import Network, mlp, resnet
 
 __all__ = ["NetworkSpec", "activation_of", "build", "loss_fn", "make_optimizer", "maker"]
+
+
+_LAYERS, _WEIGHTS = 1000, 2**28
 
 
 class NetworkSpec(NamedTuple):
@@ -34,6 +38,35 @@ class NetworkSpec(NamedTuple):
     dtype: str
     blocks: int = 0
 
+    @classmethod
+    def parsed(cls, fields: dict[str, Any]) -> "NetworkSpec":
+        """The spec that ``_asdict`` wrote as JSON; a ValueError or TypeError for any other."""
+        spec = cls(**{**fields, "sizes": tuple(fields["sizes"])})
+        known = (
+            spec.network in NETWORKS
+            and len(spec.sizes) > 1
+            and all(type(size) is int and size > 0 for size in (*spec.sizes, spec.blocks + 1))
+            and spec.norm in ("z", "a", None)
+            and spec.activation in ACTIVATIONS
+            and spec.dtype in DTYPES
+        )
+        if not known or spec.excess:
+            raise ValueError(f"network: got {spec}; expected one that jbn train makes; train it.")
+        return spec
+
+    @property
+    def excess(self) -> str | None:
+        """What a network is that is too large for the command line: it would take hours to compile, or all memory."""
+        stages = len(self.sizes) - 2
+        if self.network == "mlp":
+            layers, weights = stages + 1, sum(a * b for a, b in pairwise(self.sizes))
+        else:
+            layers = 2 + 2 * stages * self.blocks
+            weights = 9 * sum(a * b + (2 * self.blocks - 1) * b * b for a, b in pairwise(self.sizes))
+        if layers <= _LAYERS and weights <= _WEIGHTS:
+            return None
+        return f"a network of {layers} layers and {weights} weights; expected at most {_LAYERS} and {_WEIGHTS}"
+
 
 def build(spec: NetworkSpec) -> Network:
     """The network that a spec describes."""
@@ -45,8 +78,6 @@ def maker(spec: NetworkSpec) -> Callable[..., Network]:
     common = {"norm": spec.norm, "activation": activation_of(spec.activation), "dtype": jnp.dtype(spec.dtype)}
     if spec.network == "mlp":
         return partial(mlp, spec.sizes, **common)
-    if spec.network != "resnet":
-        raise ValueError(f"network: got {spec.network!r}; expected mlp or resnet; read it with the jbn that wrote it.")
     channels, *widths, classes = spec.sizes
     return partial(resnet, classes, in_channels=channels, widths=widths, blocks=spec.blocks, **common)
 

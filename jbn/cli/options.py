@@ -1,31 +1,13 @@
-"""The options of a run: each parser takes one raw value and returns its canonical form, or raises."""
+"""The options of a run. Each is declared once: its name, type, default, help, and whether it changes the result."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from jbn.cli.bad_input import BadInput
+from jbn.cli.parsers import Parser, address, choice, integer, path, real, sizes
 
-__all__ = [
-    "ACTIVATIONS",
-    "DEFAULTS",
-    "DTYPES",
-    "NETWORKS",
-    "NORMS",
-    "OPTIMIZERS",
-    "STATS",
-    "TrainOptions",
-    "address",
-    "choice",
-    "fresh_folder",
-    "integer",
-    "of_network",
-    "real",
-    "sizes",
-]
+__all__ = ["ACTIVATIONS", "DTYPES", "NETWORKS", "TrainOptions", "dashed", "option"]
 
 NETWORKS = ("mlp", "resnet")
 NORMS = ("z", "a", "none")
@@ -35,50 +17,114 @@ DTYPES = ("float32", "bfloat16")
 STATS = ("global", "local")
 
 
-# What the options are that were not given. Those of the other network have no meaning.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "mlp": {"hidden": (128, 128, 128), "activation": "sigmoid", "lr": 1.0, "epochs": 30},
-    "resnet": {"widths": (8, 16), "blocks": 1, "activation": "relu", "lr": 0.3, "epochs": 15},
-}
-# Options that only one network has, and where to look instead.
-_OWN = {
-    "hidden": ("mlp", "leave it out, or pass --widths and --blocks"),
-    "widths": ("resnet", "leave it out, or pass --hidden"),
-    "blocks": ("resnet", "leave it out, or pass --hidden"),
-}
+def option(
+    parse: Parser | None,
+    metavar: str,
+    help_: str,
+    default: Any = None,
+    *,
+    free: bool = False,
+    own: bool = False,
+    **by_network: Any,
+) -> Any:
+    """Declares an option, as a field of a dataclass.
+
+    Args:
+        parse: None for a pair of flags, --name and --no-name.
+        metavar: what stands for the value in ``--help``.
+        help_: a line for it.
+        default: when it is not given; ``by_network`` where that depends on the network, and where only one has it.
+        free: whether it leaves the result of a run as it is, so that a run may go on from a checkpoint with another.
+        own: whether each of several processes may have its own.
+    """
+    if by_network:
+        shown = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in by_network.items()}
+        (network, value), *others = shown.items()
+        each = ", ".join(f"{value} ({name})" for name, value in shown.items())
+        help_ += f"  [default: {each}]" if others else f"  [{network} only; default: {value}]"
+    metadata = {"parse": parse, "metavar": metavar, "help": help_, "free": free, "own": own, "by_network": by_network}
+    return field(default=default, metadata=metadata)
+
+
+def dashed(name: str) -> str:
+    """A field as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """What ``jbn train`` was asked for, in the words of its options; None for what its network does not have."""
 
-    network: str
-    data: Path | None
-    out: Path
-    norm: str
-    compare: bool
-    optimizer: str
-    lr: float
-    weight_decay: float
-    hidden: tuple[int, ...] | None
-    widths: tuple[int, ...] | None
-    blocks: int | None
-    activation: str
-    epochs: int
-    batch_size: int
-    accumulate: int
-    bn_momentum: float
-    target_loss: float
-    dtype: str
-    seed: int
-    devices: int
-    stats: str
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
-    timeout: int
-    checkpoint_dir: Path | None
-    checkpoint_every: int | None
+    network: str = option(
+        choice(NETWORKS), "mlp|resnet", "Dense layers (mlp), or convolutions with shortcuts (resnet).", "mlp"
+    )
+    data: Path | None = option(
+        path, "FILE.npz", "Arrays x, y, and optionally x_test, y_test.  [default: handwritten digits]", own=True
+    )
+    norm: str = option(choice(NORMS), "z|a|none", "Normalize before the activation (z), after it (a), or not.", "z")
+    compare: bool = option(None, "", "Train the same network without batch norm too.", True, free=True)
+    optimizer: str = option(choice(OPTIMIZERS), "|".join(OPTIMIZERS), "How to descend.", "sgd")
+    lr: float = option(real(1.0, open_=True), "FLOAT", "Learning rate.", mlp=1.0, resnet=0.3)
+    weight_decay: float = option(real(1e-4), "FLOAT", "Decoupled; not of γ, β and b.", 0.0)
+    hidden: tuple[int, ...] | None = option(
+        sizes("128,128,128", "hidden layer"), "INT,INT,…", "Widths of the hidden layers.", mlp=(128, 128, 128)
+    )
+    widths: tuple[int, ...] | None = option(
+        sizes("8,16", "stage"), "INT,INT,…", "Channels of each stage.", resnet=(8, 16)
+    )
+    blocks: int | None = option(integer(1, 1), "INT", "Blocks in each stage.", resnet=1)
+    activation: str = option(
+        choice(ACTIVATIONS), "|".join(ACTIVATIONS), "Of the hidden layers.", mlp="sigmoid", resnet="relu"
+    )
+    epochs: int = option(integer(1, 30), "INT", "Passes over the training set.", free=True, mlp=30, resnet=15)
+    batch_size: int = option(integer(1, 64), "INT", "Examples a step.", 64)
+    accumulate: int = option(integer(1, 1), "INT", "Microbatches that a batch is split into.", 1)
+    bn_momentum: float = option(real(0.9, most=1.0), "FLOAT", "Share of running statistics kept.", 0.9)
+    target_loss: float = option(real(0.1, open_=True), "FLOAT", "Loss to count the steps to.", 0.1, free=True)
+    dtype: str = option(choice(DTYPES), "float32|bfloat16", "Of the computation.", "float32")
+    seed: int = option(integer(0, 0, 2**32 - 1), "INT", "Of the split, the initial W and the order.", 0)
+    devices: int = option(integer(1, 4), "INT", "Devices of each process, over which a batch is split.", 1, free=True)
+    stats: str = option(
+        choice(STATS), "global|local", "Normalize with the whole batch, or each device with its own share.", "global"
+    )
+    coordinator: str | None = option(
+        address, "HOST:PORT", "Where process 0 waits for the others, if there are several.", free=True
+    )
+    num_processes: int | None = option(integer(1, 2), "INT", "How many take part; with --coordinator.", free=True)
+    process_id: int | None = option(
+        integer(0, 0), "INT", "Which of them this is; 0 shows and writes.", free=True, own=True
+    )
+    timeout: int = option(
+        integer(1, 60), "SECONDS", "How long processes wait for each other to start.", 60, free=True, own=True
+    )
+    checkpoint_dir: Path | None = option(
+        path,
+        "DIR",
+        "Folder to save the run in, and to go on from if it was cut short. More --epochs train on.",
+        free=True,
+    )
+    checkpoint_every: int | None = option(
+        integer(1, 100), "INT", "Steps between checkpoints.  [default: an epoch]", free=True
+    )
+    out: Path | None = option(
+        path, "DIR", "New folder for the results.  [default: runs/train-<date>-<time>]", free=True, own=True
+    )
+
+    @classmethod
+    def of(cls, **given: Any) -> "TrainOptions":
+        """The options that were given, and for the others the defaults of the network."""
+        network, filled = given["network"], {}
+        declared = {each.name: each.metadata["by_network"] for each in fields(cls) if each.metadata["by_network"]}
+        for name, defaults in declared.items():
+            if network not in defaults and given[name] is not None:
+                (owner,) = defaults
+                instead = [dashed(other) for other, values in declared.items() if set(values) == {network}]
+                raise BadInput(
+                    f"{dashed(name)}: got it with --network {network}; expected --network {owner}; leave it out, "
+                    f"or pass {' and '.join(instead)}."
+                )
+            filled[name] = defaults.get(network) if given[name] is None else given[name]
+        return cls(**{**given, **filled})
 
     @property
     def shards(self) -> int:
@@ -144,103 +190,15 @@ class TrainOptions:
                     f"--checkpoint-every: got {self.checkpoint_every} without --checkpoint-dir; expected both; "
                     f"pass --checkpoint-dir DIR."
                 )
-        elif self.checkpoint_dir.resolve().is_relative_to(self.out.resolve()):
+            return
+        name = str(self.checkpoint_dir)
+        if name.encode(errors="replace").decode() != name:
+            raise BadInput(
+                f"--checkpoint-dir: got {name}; expected a name in UTF-8, since Orbax takes no other; choose another "
+                f"DIR."
+            )
+        if self.out is not None and self.checkpoint_dir.resolve().is_relative_to(self.out.resolve()):
             raise BadInput(
                 f"--checkpoint-dir: got {self.checkpoint_dir}, which is in --out {self.out}; expected a folder outside "
                 f"of it, since it is new and appears at the end; choose another DIR."
             )
-
-
-def of_network(network: str, **given: Any) -> dict[str, Any]:
-    """The options whose default is the network's own: those given, the others filled in."""
-    for name, (owner, advice) in _OWN.items():
-        if network != owner and given[name] is not None:
-            raise BadInput(f"--{name}: got it with --network {network}; expected --network {owner}; {advice}.")
-    return {name: DEFAULTS[network].get(name) if value is None else value for name, value in given.items()}
-
-
-def fresh_folder(command: str) -> Path:
-    """A folder in runs/ that does not exist yet, named by the time."""
-    name = f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder, again = Path("runs") / name, 1
-    while folder.exists():
-        again += 1
-        folder = Path("runs") / f"{name}-{again}"
-    return folder
-
-
-def choice(option: str, allowed: tuple[str, ...]) -> Callable[[Any], str]:
-    """A parser for one of a few words."""
-
-    def parse(raw: Any) -> str:
-        if raw not in allowed:
-            raise BadInput(f"{option}: got {raw!r}; expected one of {', '.join(allowed)}; as in {option} {allowed[0]}.")
-        return raw
-
-    return parse
-
-
-def address(option: str) -> Callable[[Any], str]:
-    """A parser for HOST:PORT."""
-
-    def parse(raw: Any) -> str:
-        host, _, port = str(raw).rpartition(":")
-        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-            raise BadInput(f"{option}: got {raw!r}; expected HOST:PORT; as in {option} localhost:1234.")
-        return raw
-
-    return parse
-
-
-def integer(option: str, least: int, example: int, most: int | None = None) -> Callable[[Any], int]:
-    """A parser for a whole number in a range, both ends included."""
-    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-
-    def parse(raw: Any) -> int:
-        try:
-            value = int(str(raw))
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            raise BadInput(f"{option}: got {raw}; expected a whole number {limits}; as in {option} {example}.")
-        return value
-
-    return parse
-
-
-def real(
-    option: str, example: float, *, least: float = 0.0, most: float = math.inf, open_: bool = False
-) -> Callable[[Any], float]:
-    """A parser for a finite number in a range; ``open_`` leaves out the lower end."""
-    limits = f"above {least:g}" if open_ else f"of at least {least:g}" if most == math.inf else ""
-    limits = limits or f"from {least:g} to {most:g}"
-
-    def parse(raw: Any) -> float:
-        try:
-            value = float(raw)
-        except ValueError:
-            value = math.nan
-        inside = least < value if open_ else least <= value
-        if not (inside and value <= most and math.isfinite(value)):
-            raise BadInput(f"{option}: got {raw}; expected a finite number {limits}; as in {option} {example}.")
-        return value
-
-    return parse
-
-
-def sizes(option: str, example: str, each: str) -> Callable[[Any], tuple[int, ...]]:
-    """A parser for widths between commas."""
-
-    def parse(raw: Any) -> tuple[int, ...]:
-        try:
-            widths = tuple(int(width) for width in str(raw).split(","))
-        except ValueError:
-            widths = ()
-        if not widths or min(widths) < 1:
-            raise BadInput(
-                f"{option}: got {raw!r}; expected widths of at least 1 between commas, one a {each}; "
-                f"as in {option} {example}."
-            )
-        return widths
-
-    return parse

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import jax
@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 from jbn.cli.bad_input import BadInput
-from jbn.cli.options import TrainOptions
+from jbn.cli.interrupt import hear_again, signal_seen
+from jbn.cli.options import TrainOptions, dashed
 
 __all__ = ["agreed", "first", "joined", "same", "supervised"]
 
@@ -28,8 +29,6 @@ __all__ = ["agreed", "first", "joined", "same", "supervised"]
 _HEARTBEAT_S = 20
 _BYTES = 4096  # of what a process tells the others
 _GONE = re.compile("gloo|nccl|coordination service|connection|socket|heartbeat|unavailable", re.IGNORECASE)
-# What may differ between the processes of a run.
-_OWN = ("process_id", "data", "out", "timeout")
 _MET = "met\n"
 _AGAIN = "expected all of them to stay to the end; start them all again, with the same options."
 
@@ -117,7 +116,7 @@ def _wait(child: int) -> int:
         try:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         except KeyboardInterrupt:
-            os.kill(child, signal.SIGINT)
+            os.kill(child, signal_seen() or signal.SIGINT)
 
 
 @contextmanager
@@ -161,6 +160,7 @@ def _connect(options: TrainOptions) -> None:
     finally:
         os.dup2(shown, 2)
         os.close(shown)
+        hear_again()
     if _parent is not None:
         _parent.sendall(_MET.encode())
     _compare(options)
@@ -168,7 +168,7 @@ def _connect(options: TrainOptions) -> None:
 
 def _compare(options: TrainOptions) -> None:
     """Refuses processes that were not told the same."""
-    alike = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name not in _OWN}
+    alike = {dashed(each.name): getattr(options, each.name) for each in fields(options) if not each.metadata["own"]}
     alike |= {"jbn": jbn.__version__, "jax": jax.__version__}
     expected, *others = (json.loads(text) for text in _told(json.dumps(alike, default=str)))
     for process, other in enumerate(others, 1):

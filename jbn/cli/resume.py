@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import Field, fields
 from typing import Any
 
 import jax
@@ -14,16 +14,12 @@ from jbn.cli.data import Data
 from jbn.cli.devices import local
 from jbn.cli.fit import Keeping, SoFar
 from jbn.cli.network import NetworkSpec
-from jbn.cli.options import TrainOptions
+from jbn.cli.options import TrainOptions, dashed
 from jbn.cli.processes import agreed, same
 from jbn.cli.saving import named
 from jbn.training import TrainState
 
 __all__ = ["resumed"]
-
-# Options with which the same run goes on, and gives the same. All others are held against the checkpoint.
-_FREE = {"out", "compare", "epochs", "target_loss", "checkpoint_dir", "checkpoint_every"}
-_FREE |= {"devices", "coordinator", "num_processes", "process_id", "timeout"}
 
 
 @contextmanager
@@ -43,7 +39,9 @@ def resumed(
     folder = options.checkpoint_dir / name
     with ExitStack() as stack:
         with agreed():
-            kept = stack.enter_context(checkpoints(folder, _identity(options, spec, data)))
+            # A checkpoint that does not know an option was made before there was one.
+            defaults = {dashed(each.name): each.default for each in _binding()}
+            kept = stack.enter_context(checkpoints(folder, _identity(options, spec, data), defaults))
             found = kept.newest()
             so_far = SoFar.at(start) if found is None else _restored(found.arrays, start)
             if so_far.steps > options.epochs * epoch:
@@ -62,11 +60,16 @@ def resumed(
 
 def _identity(options: TrainOptions, spec: NetworkSpec, data: Data) -> dict[str, Any]:
     """Every option that changes the result, and the data themselves."""
-    values = {name: value for name, value in asdict(options).items() if name not in _FREE}
-    values |= {"data": f"examples with the digest {data.digest}", "norm": spec.norm or "none"}
+    values = {dashed(each.name): getattr(options, each.name) for each in _binding()}
+    values |= {"--data": f"examples with the digest {data.digest}", "--norm": spec.norm or "none"}
     if options.stats == "local":
-        values["devices"] = f"{options.shards} in all with --stats local"
-    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+        values["--devices"] = f"{options.shards} in all with --stats local"
+    return values
+
+
+def _binding() -> list[Field]:
+    """The options that have to be those of the checkpoint."""
+    return [each for each in fields(TrainOptions) if not each.metadata["free"]]
 
 
 def _arrays(so_far: SoFar) -> dict[str, np.ndarray]:

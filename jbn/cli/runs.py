@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from jbn.networks import Network
 
 __all__ = ["Run", "accuracy", "load_run", "refusing"]
 
-_LEAST = {"seed": 0, "batch_size": 2}
+_RANGES = {"seed": (0, 2**32 - 1), "batch_size": (2, 2**63 - 1)}
 _NO_NORM = "expected a network with batch norm; train one with jbn train --norm z"
 
 
@@ -30,6 +30,7 @@ class Run(NamedTuple):
         folder, file: of the run, and of the model in it.
         spec, params, state, inputs: as `load_model` gives them.
         options: of ``jbn train``, as metrics.json has them.
+        names: of the classes, where they have any.
     """
 
     folder: Path
@@ -39,16 +40,18 @@ class Run(NamedTuple):
     state: Any
     inputs: jbn.BNStats
     options: dict[str, Any]
+    names: tuple[str, ...]
 
     def data(self, file: Path | None) -> Data:
         """Data that fit the network: those of the run, or those of another file."""
         seed, flat = self.options["seed"], self.spec.network == "mlp"
         if file is not None:
-            fitted = Fitted(self.inputs, self.spec.sizes[-1], self.spec.sizes[0])
+            fitted = Fitted(self.inputs, self.spec.sizes[-1], self.spec.sizes[0], self.names)
             return load_data(file, seed, flat=flat, fitted=fitted)
         own = self.options["data"]
-        data = load_data(None if own is None else Path(own), seed, flat=flat)
-        _check_unchanged(data, self)
+        with _not_given("--data"):
+            data = load_data(None if own is None else Path(own), seed, flat=flat)
+            _check_unchanged(data, self)
         return data
 
 
@@ -62,15 +65,16 @@ def load_run(folder: Path, model: str | None = None, *, normed: bool = True) -> 
         found = "a file" if folder.exists() else "no such folder"
         raise BadInput(f"RUN_DIR: got {folder}, {found}; {expected}; check the path.")
     try:
-        options = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["options"]
-        options = {name: options[name] for name in ("data", "seed", "batch_size")}
+        document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        options = {name: document["options"][name] for name in ("data", "seed", "batch_size")}
         sound = isinstance(options["data"], (str, type(None)))
-        sound &= all(isinstance(options[name], int) and options[name] >= low for name, low in _LEAST.items())
-        if not sound:
+        sound &= all(type(options[name]) is int and low <= options[name] <= top for name, (low, top) in _RANGES.items())
+        names = tuple(document.get("data", {}).get("labels", ()))
+        if not sound or not all(isinstance(name, str) for name in names):
             raise TypeError
     except FileNotFoundError:
         raise BadInput(f"RUN_DIR: got {folder} without a metrics.json; {expected}; check the path.") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"RUN_DIR: got {folder} with a damaged metrics.json; {expected}; train it again.") from None
     name = "with.safetensors" if model is None else model
     file = folder / name
@@ -82,10 +86,11 @@ def load_run(folder: Path, model: str | None = None, *, normed: bool = True) -> 
         held = ", ".join(sorted(path.name for path in folder.glob("*.safetensors"))) or "no model"
         option = "RUN_DIR" if model is None else "--model"
         raise BadInput(f"{option}: got no {name} in {folder}, which holds {held}; {expected}; check the name.")
-    spec, params, state, inputs = load_model(file)
-    if normed and not jax.tree.leaves(state):
-        raise BadInput(f"--model: got {file}, a network without batch norm; {_NO_NORM}.")
-    return Run(folder, file, spec, params, state, inputs, options)
+    with nullcontext() if model else _not_given("--model"):
+        spec, params, state, inputs = load_model(file)
+        if normed and not jax.tree.leaves(state):
+            raise BadInput(f"--model: got {file}, a network without batch norm; {_NO_NORM}.")
+    return Run(folder, file, spec, params, state, inputs, options, names)
 
 
 def accuracy(network: Network, params: Any, state: Any, data: Data) -> float:
@@ -100,6 +105,16 @@ def refusing(file: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise BadInput(f"{file}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _not_given(option: str) -> Iterator[None]:
+    """Where the user left out an option, what is wrong with it is wrong with the run."""
+    try:
+        yield
+    except BadInput as error:
+        advice = "put it back, or pass other data with --data FILE"
+        raise BadInput(str(error).replace(f"{option}:", "RUN_DIR:", 1).replace("check the path", advice)) from None
 
 
 def _check_unchanged(data: Data, run: Run) -> None:

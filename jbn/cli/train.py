@@ -2,9 +2,9 @@
 
 import math
 import platform
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from jbn import report
 from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
+from jbn.cli.batches import Batches
+from jbn.cli.checkpoints import alone_in
 from jbn.cli.data import Data, load_data
-from jbn.cli.devices import axis_of, deal, make_cpu_devices, mesh_of
-from jbn.cli.fit import Fit, Progress, batch_order, fit
-from jbn.cli.interrupt import interrupts
+from jbn.cli.devices import axis_of, make_cpu_devices, mesh_of
+from jbn.cli.fit import Fit, Progress, fit
+from jbn.cli.interrupt import check
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
 from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.resume import resumed
-from jbn.cli.saving import new_folder, save_model, to_json
+from jbn.cli.saving import Place, results, save_model, to_json
 from jbn.training import TrainState, make_train_step
 
 __all__ = ["run"]
@@ -36,24 +38,37 @@ __all__ = ["run"]
 def run(options: TrainOptions) -> None:
     """Trains, compares, and leaves the results in ``options.out``: one of several processes, or the only one."""
     make_cpu_devices(options.devices)
-    with joined(options), interrupts() as check, ExitStack() as stack:
+    with joined(options), ExitStack() as stack:
         with agreed():
             mesh = mesh_of(options.devices)
             data = _data(options)
-            folder = stack.enter_context(new_folder(options.out)) if first() else None
+            specs = _specs(options, data)
+            place = _reserved(options, stack) if first() else None
+        check()
         same("--data", data.digest)
-        specs = _specs(options, data)
-        order = batch_order(len(data.x), options.batch_size, options.epochs, options.seed)
-        starts, fits = _fits(options, specs, data, order, mesh, check)
-        document = _document(options, data, order, starts, fits)
+        if first():
+            display.tell_data(data)
+        batches = Batches(len(data.x), options.batch_size, options.epochs, options.seed, options.accumulate)
+        starts, fits = _fits(options, specs, data, batches, mesh)
+        document = _document(options, data, batches.total, starts, fits)
         with agreed():
-            if folder is not None:
-                _save(folder, document, specs, fits, data)
+            if place is not None:
+                document["options"]["out"] = place.final
+                _save(place.work, document, specs, fits, data)
                 check()
                 stack.close()
-        shown = first()
-    if shown:
+                document["options"]["out"] = place.final  # another one, if the name was taken meanwhile
+    if place is not None:
         display.show(document)
+
+
+def _reserved(options: TrainOptions, stack: ExitStack) -> Place:
+    """Where the results are written; what other runs could write to at the same time is locked."""
+    default = Path("runs") / f"train-{datetime.now():%Y%m%d-%H%M%S}"
+    place = stack.enter_context(results(options.out or default, numbered=options.out is None))
+    if options.checkpoint_dir is not None:
+        stack.enter_context(alone_in(options.checkpoint_dir))
+    return place
 
 
 def _data(options: TrainOptions) -> Data:
@@ -76,21 +91,21 @@ def _fits(
     options: TrainOptions,
     specs: dict[str, NetworkSpec],
     data: Data,
-    order: np.ndarray,
+    batches: Batches,
     mesh: Mesh,
-    check: Callable[[], None],
 ) -> tuple[dict[str, TrainState], dict[str, Fit]]:
     """Where each network starts, and what its training gives."""
     optimizer = make_optimizer(options)
-    dealt = deal(order, mesh.size, options.accumulate)
     starts, fits = {}, {}
-    with display.progress(list(specs), order.shape[0] * order.shape[1], first()) as show:
+    with display.progress(list(specs), batches.total, first()) as show:
         for name, spec in specs.items():
 
             def tell(made: Progress, name: str = name) -> None:
                 check()
                 show(name, made)
 
+            check()
+            show(name, None)
             network = build(spec)
             params, state = network.init(jax.random.key(options.seed))
             starts[name] = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -103,8 +118,8 @@ def _fits(
                 axis_name=axis_of(mesh),
                 sync_stats=options.stats == "global",
             )
-            with resumed(options, name, spec, data, starts[name], order.shape[1]) as (so_far, keeping):
-                fits[name] = fit(network, step, so_far, data, dealt, mesh, tell, keeping)
+            with resumed(options, name, spec, data, starts[name], batches.steps) as (so_far, keeping):
+                fits[name] = fit(network, step, so_far, data, batches, mesh, tell, keeping)
     return starts, fits
 
 
@@ -145,13 +160,18 @@ def _specs(options: TrainOptions, data: Data) -> dict[str, NetworkSpec]:
         norms = {"without": None}
     elif not options.compare:
         norms = {"with": options.norm}
-    return {
+    specs = {
         name: NetworkSpec(kind, shape, norm, options.activation, options.dtype, blocks) for name, norm in norms.items()
     }
+    for spec in specs.values():
+        if spec.excess:
+            option = "--hidden" if kind == "mlp" else "--widths"
+            raise BadInput(f"{option}: got {spec.excess}; choose fewer or narrower layers.")
+    return specs
 
 
 def _document(
-    options: TrainOptions, data: Data, order: np.ndarray, starts: dict[str, TrainState], fits: dict[str, Fit]
+    options: TrainOptions, data: Data, steps: int, starts: dict[str, TrainState], fits: dict[str, Fit]
 ) -> dict[str, Any]:
     """What is printed, and heads metrics.json."""
     summary = {
@@ -174,17 +194,19 @@ def _document(
         "features": math.prod(data.x.shape[1:]),
         "classes": data.classes,
     }
+    if data.names:
+        sizes["labels"] = data.names
     packages = ("jax", "jaxlib", "optax", "numpy")
     versions = {"jbn": jbn.__version__, "python": platform.python_version()}
     return {
-        "options": asdict(options),
+        "options": asdict(options) | {"data": options.data and options.data.absolute()},
         "versions": versions | {package: version(package) for package in packages},
         "device": jax.devices()[0].device_kind,
         "devices": options.shards,
         "processes": jax.process_count(),
         "stats": options.stats,
         "data": sizes,
-        "steps": order.shape[0] * order.shape[1],
+        "steps": steps,
         "held_equal": _held_equal(list(starts.values())),
         "summary": summary,
     }

@@ -185,6 +185,7 @@ class TestRun:
             "copy of x",
             "Skipped: flax.linen, flax is not installed.",
             "Skipped: torch, torch is not installed.",
+            "To see them too: python -m pip install flax torch",
         ):
             assert text in shown
         with pytest.raises(json.JSONDecodeError):

@@ -12,11 +12,12 @@ import pytest
 from support.closeness import CHAIN, assert_close
 from support.saved_runs import two_classes
 
-import jbn.cli.fit
+import jbn.cli.batches
 from jbn.cli import main
+from jbn.cli.batches import Batches
 from jbn.cli.data import load_data
-from jbn.cli.devices import axis_of, deal, local, mesh_of, replicated, split
-from jbn.cli.fit import SoFar, batch_order, fit
+from jbn.cli.devices import axis_of, local, mesh_of, replicated, split
+from jbn.cli.fit import SoFar, fit
 from jbn.cli.network import loss_fn
 from jbn.networks import mlp
 from jbn.training import TrainState, make_train_step
@@ -41,8 +42,8 @@ def trained(file, devices, *, sync_stats=True, accumulate=1, epochs=2, batch_siz
     )
     params, state = network.init(jax.random.key(0))
     start = SoFar.at(TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32)))
-    order = deal(batch_order(len(data.x), batch_size, epochs, 0), mesh.size, accumulate)
-    return fit(network, step, start, data, order, mesh, lambda progress: None)
+    batches = Batches(len(data.x), batch_size, epochs, 0, accumulate)
+    return fit(network, step, start, data, batches, mesh, lambda progress: None)
 
 
 def results(done):
@@ -67,15 +68,15 @@ def test_local_statistics_normalize_each_share_by_itself(data):
 
 def test_large_batches_come_in_shorter_calls_and_train_alike(data, monkeypatch):
     whole = trained(data, 2, batch_size=8)
-    monkeypatch.setattr(jbn.cli.fit, "_BYTES_A_CALL", 3 * 8 * 3 * 4)
-    lengths, feed = [], jbn.cli.fit._feed
-    monkeypatch.setattr(jbn.cli.fit, "_feed", lambda *given: lengths.append(len(given[1])) or feed(*given))
+    monkeypatch.setattr(jbn.cli.batches, "_BYTES_A_CALL", 3 * 8 * 3 * 4)
+    lengths, deal = [], Batches.deal
+    monkeypatch.setattr(Batches, "deal", lambda *given: lengths.append(len(given[1])) or deal(*given))
     assert_close(results(trained(data, 2, batch_size=8)), results(whole), roundings=CHAIN, computed_in="float32")
     assert lengths == [3, 3, 2] * 2
 
 
 def test_a_run_goes_on_from_the_middle_of_an_epoch(data, monkeypatch):
-    monkeypatch.setattr(jbn.cli.fit, "_STEPS_A_CALL", 3)
+    monkeypatch.setattr(jbn.cli.batches, "_STEPS_A_CALL", 3)
     passed, after = [], SoFar.after
     monkeypatch.setattr(SoFar, "after", lambda *given: passed.append(after(*given)) or passed[-1])
     whole = trained(data, 2, batch_size=8)
@@ -90,7 +91,9 @@ class TestPlacement:
     @pytest.mark.parametrize("devices", [1, 2, 4])
     def test_a_microbatch_holds_the_same_rows_on_any_number_of_devices(self, devices):
         order = np.random.default_rng(0).permutation(48).reshape(1, 2, 24)
-        shares = deal(order, devices, 3).reshape(2, devices, 3, -1)  # each device splits its share in three
+        shares = (
+            Batches(48, 24, 1, 0, accumulate=3).deal(order, devices).reshape(2, devices, 3, -1)
+        )  # each device splits its share in three
         for step in range(2):
             for micro in range(3):
                 want = order[0, step].reshape(3, 8)[micro]
@@ -98,7 +101,7 @@ class TestPlacement:
 
     def test_one_microbatch_is_dealt_in_consecutive_parts(self):
         order = np.arange(24).reshape(1, 1, 24)
-        np.testing.assert_array_equal(deal(order, 8, 1), order)
+        np.testing.assert_array_equal(Batches(24, 24, 1, 0).deal(order, 8), order)
 
     def test_a_device_is_given_its_share_of_each_batch_and_no_more(self):
         values, rows = np.arange(20.0).reshape(10, 2), np.array([[9, 1, 3, 4], [0, 7, 2, 5]])

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from support import hostile_input
 
 from jbn.cli import main
 
@@ -16,7 +18,7 @@ X = np.linspace(-1, 1, 40).reshape(20, 2)
 Y = np.arange(20) % 2
 WANTED = "expected an .npz file with arrays x and y"
 MAKE = "make one with numpy.savez(FILE, x=…, y=…)."
-RENUMBER = "expected 0, 1, … without a gap, at least two; renumber them with numpy.unique(y, return_inverse=True)[1]."
+RENUMBER = "expected 0, 1, … without a gap; renumber them with numpy.unique(y, return_inverse=True)[1]."
 
 
 def with_value(value):
@@ -46,28 +48,33 @@ BAD_DATA = {
     ),
     "NaN": (
         {"x": with_value(np.nan), "y": Y},
-        "--data: got 1 of 40 values in x that are NaN or infinite in float32, the first in x[3]; "
+        "--data: got 1 of 40 values in x that are NaN or infinite, the first in x[3]; "
         "expected finite numbers; clean the data first.",
     ),
     "infinity": (
         {"x": with_value(-np.inf), "y": Y},
-        "--data: got 1 of 40 values in x that are NaN or infinite in float32, the first in x[3]; "
+        "--data: got 1 of 40 values in x that are NaN or infinite, the first in x[3]; "
         "expected finite numbers; clean the data first.",
     ),
-    "infinite in float32": (
+    "far too large": (
         {"x": with_value(1e300), "y": Y},
-        "--data: got 1 of 40 values in x that are NaN or infinite in float32, the first in x[3]; "
-        "expected finite numbers; clean the data first.",
+        "--data: got values in x too large or too far apart to be standardized; "
+        "expected values below 1e150 or so; rescale them.",
     ),
     "NaN in the test set": (
         {"x": X, "y": Y, "x_test": with_value(np.nan), "y_test": Y},
-        "--data: got 1 of 40 values in x_test that are NaN or infinite in float32, the first in x_test[3]; "
+        "--data: got 1 of 40 values in x_test that are NaN or infinite, the first in x_test[3]; "
         "expected finite numbers; clean the data first.",
     ),
     "variance overflows": (
-        {"x": with_value(1e38), "y": Y},
-        "--data: got values in x too large or too far apart to be standardized in float32; "
-        "expected values below 1e15 or so; rescale them.",
+        {"x": with_value(1e160), "y": Y},
+        "--data: got values in x too large or too far apart to be standardized; "
+        "expected values below 1e150 or so; rescale them.",
+    ),
+    "a test set too far away": (
+        {"x": X, "y": Y, "x_test": with_value(1e60), "y_test": Y},
+        "--data: got values in x_test too large or too far apart to be standardized; "
+        "expected values below 1e150 or so; rescale them.",
     ),
     "words in x": (
         {"x": X.astype(str), "y": Y},
@@ -81,10 +88,28 @@ BAD_DATA = {
         {"x": X[:0], "y": Y[:0]},
         "--data: got x of shape (0, 2); expected (N, features), (N, H, W) or (N, H, W, C), not empty; reshape it.",
     ),
-    "labels not integers": (
+    "labels that are not whole": (
         {"x": X, "y": Y / 2},
-        "--data: got dtype float64 in y; expected integer labels; "
-        "convert them with numpy.unique(y, return_inverse=True)[1].",
+        "--data: got y with numbers that are not whole; expected a class for each example, since this is "
+        "classification only; make classes of them, say with numpy.digitize.",
+    ),
+    "labels that are no numbers": (
+        {"x": X, "y": Y * np.nan},
+        "--data: got y with numbers that are not whole; expected a class for each example, since this is "
+        "classification only; make classes of them, say with numpy.digitize.",
+    ),
+    "one-hot labels": (
+        {"x": X, "y": np.eye(2)[Y]},
+        "--data: got one-hot rows of shape (20, 2) in y; expected (N,), a label for each example; "
+        "pass numpy.argmax(y, axis=1).",
+    ),
+    "complex labels": (
+        {"x": X, "y": Y * 1j},
+        "--data: got dtype complex128 in y; expected labels; make them integers or words.",
+    ),
+    "a word in the test set alone": (
+        {"x": X, "y": np.array(["cat", "dog"])[Y], "x_test": X, "y_test": np.array(["cat", "cow"])[Y]},
+        "--data: got label 'cow' in y_test; expected labels of the training set, cat, dog; name both alike.",
     ),
     "labels of rank 2": (
         {"x": X, "y": Y[:, None]},
@@ -103,7 +128,10 @@ BAD_DATA = {
         {"x": X, "y": 10**9 * Y},
         f"--data: got 2 different labels in y, from 0 to 1000000000; {RENUMBER}",
     ),
-    "one class": ({"x": X, "y": 0 * Y}, f"--data: got 1 different labels in y, from 0 to 0; {RENUMBER}"),
+    "one class": (
+        {"x": X, "y": 3 + 0 * Y},
+        "--data: got one class in y, 3 for all 20 examples; expected at least two; add examples of another.",
+    ),
     "test label unseen": (
         {"x": X, "y": Y, "x_test": X, "y_test": Y + 1},
         "--data: got label 2 in y_test; expected labels of the training set, 0 to 1; number both alike.",
@@ -269,7 +297,7 @@ class TestBadInput:
         )
         assert self.refused(capsys, tmp_path, "--data", data, *SMALL, "--out", closed / "run") == message
 
-    @pytest.mark.parametrize("arguments", [[], ["fly"], ["train", "--fly"], ["train", "--lr"], ["train", "x"]])
+    @pytest.mark.parametrize("arguments", [["fly"], ["train", "--fly"], ["train", "--lr"], ["train", "x"]])
     def test_what_typer_refuses_is_one_line_too(self, capsys, arguments):
         assert main(arguments) == 2
         printed = capsys.readouterr()
@@ -277,6 +305,23 @@ class TestBadInput:
         assert printed.err.startswith("jbn: ")
         assert printed.err.endswith(" --help.\n")
         assert printed.err.count("\n") == 1
+
+
+class TestHostileInput:
+    def test_what_claims_to_be_huge_ends_with_a_line_within_a_gigabyte(self, tmp_path):
+        """Hundreds of gigabytes, hours of compilation or very deep recursion, if anyone tried."""
+        done = subprocess.run(
+            [sys.executable, Path(__file__).parents[1] / "support" / "hostile_input.py", tmp_path],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        )
+        assert done.returncode == 0, done.stderr
+        *lines, memory = done.stdout.splitlines()
+        for line, (_, message) in zip(lines, hostile_input.commands(tmp_path), strict=True):
+            assert line.startswith(f"2 1 jbn: {message}")
+        assert int(memory) < 2**30
 
 
 class TestProcess:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,11 +27,9 @@ ALONE = ("--no-compare",)
 TIMES = ("compile_s", "ms_per_step")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    file = tmp_path_factory.mktemp("data") / "data.npz"
-    np.savez(file, **images(0))
-    return file
+@pytest.fixture
+def data(finished):
+    return finished / "data.npz"
 
 
 def command(data, out, *arguments):
@@ -97,7 +96,9 @@ class TestInOneProcess:
         [
             (MLP, (1, 6)),
             ((*MLP, *ALONE, "--optimizer", "adam", "--accumulate", "4", "--dtype", "bfloat16"), (0, 3)),
-            ((*RESNET, *ALONE, "--optimizer", "momentum", "--weight-decay", "0.1"), (1, 2)),
+            pytest.param(
+                (*RESNET, *ALONE, "--optimizer", "momentum", "--weight-decay", "0.1"), (1, 2), marks=pytest.mark.nightly
+            ),
         ],
     )
     def test_cut_short_twice_it_ends_the_same(self, data, tmp_path, capsys, monkeypatch, arguments, cuts):
@@ -112,17 +113,15 @@ class TestInOneProcess:
         same(train(capsys, data, tmp_path / "out", *keep), plain)
 
     def test_a_finished_network_is_not_trained_again_and_more_epochs_train_on(
-        self, data, tmp_path, capsys, monkeypatch
+        self, data, kept, tmp_path, capsys, monkeypatch
     ):
-        keep, made = ("--checkpoint-dir", tmp_path / "kept"), []
+        keep, made = ("--checkpoint-dir", shutil.copytree(kept, tmp_path / "kept")), []
         compiled = jbn.cli.fit._compiled
         monkeypatch.setattr(jbn.cli.fit, "_compiled", lambda *rest: made.append(rest) or compiled(*rest))
-        once = train(capsys, data, tmp_path / "once", *MLP, *keep, *ALONE)
-        assert len(made) == 1
-        same(train(capsys, data, tmp_path / "again", *MLP, *keep, *ALONE), once)
-        assert len(made) == 1
+        same(train(capsys, data, tmp_path / "again", *MLP, *keep, *ALONE), kept.parent / "out")
+        assert len(made) == 0
         both = train(capsys, data, tmp_path / "both", *MLP, *keep)
-        assert len(made) == 2
+        assert len(made) == 1
         assert sorted(os.listdir(tmp_path / "kept" / "with")) == ["12", "6", "9"]
         longer = train(capsys, data, tmp_path / "longer", *MLP, "--epochs", "6", *keep)
         same(longer, train(capsys, data, tmp_path / "plain", *MLP, "--epochs", "6"))
@@ -138,17 +137,16 @@ class TestInOneProcess:
             train(capsys, data, tmp_path / "plain", *arguments[:-2]),
         )
 
-    def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(self, data, tmp_path, capsys):
-        arguments, kept = (*MLP, *ALONE), tmp_path / "kept"
-        plain = train(capsys, data, tmp_path / "plain", *arguments, "--checkpoint-dir", kept)
+    def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(self, finished, data, tmp_path, capsys):
+        arguments, kept = (*MLP, *ALONE), shutil.copytree(finished / "kept", tmp_path / "kept")
         (kept / "with" / "12" / "arrays" / "checkpoint" / "0").write_bytes(b"")
         assert main(command(data, tmp_path / "resumed", *arguments, "--checkpoint-dir", kept)) == 0
         assert capsys.readouterr().err == (
             f"jbn: --checkpoint-dir: got {kept}/with with damage in 12; going on from 9.\n"
         )
-        same(tmp_path / "resumed", plain)
+        same(tmp_path / "resumed", finished / "out")
 
-    def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(self, data, tmp_path, capsys, monkeypatch):
+    def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(self, finished, data, tmp_path, capsys, monkeypatch):
         from orbax.checkpoint import CheckpointManager
 
         save, keep = CheckpointManager.save, (*MLP, *ALONE, "--checkpoint-dir", tmp_path / "kept")
@@ -163,15 +161,12 @@ class TestInOneProcess:
             line = refused(capsys, data, tmp_path, *keep)
         assert line.startswith(f"--checkpoint-dir: got {tmp_path}/kept/with (No space left on device); expected room ")
         assert sorted(os.listdir(tmp_path / "kept" / "with")) == ["3", "6"]
-        same(train(capsys, data, tmp_path / "resumed", *keep), train(capsys, data, tmp_path / "plain", *MLP, *ALONE))
+        same(train(capsys, data, tmp_path / "resumed", *keep), finished / "out")
 
 
-@pytest.fixture(scope="module")
-def kept(data, tmp_path_factory):
-    """Checkpoints of a finished run."""
-    folder = tmp_path_factory.mktemp("kept")
-    assert main(command(data, folder / "out", *MLP, *ALONE, "--checkpoint-dir", folder / "kept")) == 0
-    return folder / "kept"
+@pytest.fixture
+def kept(finished):
+    return finished / "kept"
 
 
 class TestRefused:
@@ -251,7 +246,7 @@ def killed(condition, *lines, pause=0.0):
     assert {process.returncode for process in processes} == {-signal.SIGKILL}
 
 
-def finished(*lines):
+def run_to_the_end(*lines):
     with started(*lines) as processes:
         for process in processes:
             _, err = process.communicate(timeout=120)
@@ -266,6 +261,7 @@ def names(folder):
 
 @pytest.mark.processes
 class TestKilled:
+    @pytest.mark.nightly  # by day, one moment is enough: the next test
     def test_at_any_moment_it_ends_the_same(self, data, tmp_path, capsys):
         """While it compiles, in the middle of a save, and in the second network."""
         arguments = (*MLP, "--epochs", "60", "--checkpoint-every", "2")
@@ -279,27 +275,27 @@ class TestKilled:
                 break
         assert all(names(kept / "with"))
         killed(lambda: names(kept / "without")[0], line)
-        finished(line)
+        run_to_the_end(line)
         assert names(kept / "without") == ({176, 178, 180}, set())
         same(tmp_path / "out", plain)
 
     def test_several_processes_go_on_together(self, data, tmp_path, capsys):
-        arguments = (*MLP, *ALONE, "--epochs", "40", "--lr", "0.1")
+        arguments = (*MLP, *ALONE, "--epochs", "24", "--lr", "0.1")
         plain, kept = train(capsys, data, tmp_path / "plain", *arguments), tmp_path / "kept"
 
         def lines():
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 meeting = f"127.0.0.1:{free.getsockname()[1]}"
-            keep = ("--checkpoint-dir", kept, "--checkpoint-every", 40)
+            keep = ("--checkpoint-dir", kept, "--checkpoint-every", 24)
             together = (*arguments, *keep, "--coordinator", meeting, "--num-processes", 2)
             return [command(data, tmp_path / "out", *together, "--process-id", i) for i in range(2)]
 
         killed(lambda: names(kept / "with")[0], *lines())
         whole, _ = names(kept / "with")
-        assert 120 not in whole
-        made = (kept / "with" / "40").stat().st_mtime_ns
-        finished(*lines())
-        assert names(kept / "with") == ({40, 80, 120}, set())
-        assert (kept / "with" / "40").stat().st_mtime_ns == made
+        assert 72 not in whole
+        made = (kept / "with" / "24").stat().st_mtime_ns
+        run_to_the_end(*lines())
+        assert names(kept / "with") == ({24, 48, 72}, set())
+        assert (kept / "with" / "24").stat().st_mtime_ns == made
         alike(tmp_path / "out", plain)

@@ -7,31 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
-from support.saved_runs import call, forward, images, split, standardized, trained, trained_mlp
+from support.saved_runs import call, forward, images, split, standardized
 
 import jbn
 from jbn.cli import main
 from jbn.cli.activations import of_one_layer
+from jbn.cli.inspect import _as_table
 from jbn.cli.network import NetworkSpec, build
 from jbn.cli.saving import load_model, save_model
-
-
-@pytest.fixture(scope="module")
-def resnet_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resnet")
-    return trained(folder, "--network", "resnet", "--widths", "4,5", "--epochs", 4)
-
-
-@pytest.fixture(scope="module")
-def mlp_run(tmp_path_factory):
-    return trained_mlp(tmp_path_factory.mktemp("mlp"))
-
-
-@pytest.fixture
-def run(mlp_run, tmp_path):
-    """A copy of the mlp's run, to write into."""
-    return shutil.copytree(mlp_run[0] / "run", tmp_path / "run")
+from jbn.report import LayerSummary, Summary
 
 
 class TestResnet:
@@ -59,6 +45,7 @@ class TestResnet:
             accuracy = np.mean(np.argmax(np.asarray(outputs), -1) == y)
             assert accuracy == pytest.approx(printed["summary"][name]["test_accuracy"])
 
+    @pytest.mark.nightly
     def test_takes_the_digits_as_images(self, tmp_path, capsys):
         options = ("--widths", "2", "--epochs", 1, "--batch-size", 512, "--no-compare")
         printed = call(capsys, "train", "--network", "resnet", *options, "--out", tmp_path / "run")
@@ -134,9 +121,26 @@ class TestInspect:
                 return True
 
         monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        monkeypatch.setenv("COLUMNS", "80")
         assert main(["inspect", str(run)]) == 0
-        for text in ("mlp 48–7–5–3, batch norm after tanh", "test accuracy", "[1]['bn']", "drift σ²", "Pictures: "):
+        for text in ("mlp 48–7–5–3, batch norm after tanh", "test accuracy", "│1    │5│", "drift", "Pictures: "):
             assert text in terminal.getvalue()
+
+    def test_the_table_fits_80_columns(self, capsys):
+        shape = (16,)
+        values = dict.fromkeys(("gamma", "beta", "mean", "var"), (-0.00123, -1.23e-05))
+        counts = {"dead_gamma": 1, "dead_var": 0, "dead": 1, "drift_mean": 1.23, "drift_var": 1234.5}
+        paths = [f"['blocks'][{block}]['{name}']['bn']" for block in (0, 10) for name in ("conv1", "shortcut")]
+        rows = [LayerSummary(path=path, features=shape, **values, **counts, updates=(0, 1000)) for path in paths]
+        Console(width=80).print(_as_table(Summary(tuple(rows), 1e-5)))
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert [line.split("│")[1].strip() for line in lines if "blocks" in line] == [
+            "blocks.0.conv1",
+            "blocks.0.shortcut",
+            "blocks.10.conv1",
+            "blocks.10.shortcut",
+        ]
 
 
 class TestCalibrate:

@@ -1,14 +1,13 @@
 """Runs, models and data that the commands for saved runs refuse: one line on stderr, nothing written."""
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.saved_runs import call, images, trained_mlp
+from support.saved_runs import call, images
 
 from jbn.cli import main
 from jbn.cli.bad_input import BadInput
@@ -16,17 +15,6 @@ from jbn.cli.network import NetworkSpec, build
 from jbn.cli.saving import load_model, new_file, replaced_files, save_model
 
 COMMANDS = ("inspect", "calibrate", "fold")
-
-
-@pytest.fixture(scope="module")
-def mlp_run(tmp_path_factory):
-    return trained_mlp(tmp_path_factory.mktemp("mlp"))
-
-
-@pytest.fixture
-def run(mlp_run, tmp_path):
-    """A copy of the mlp's run, to write into."""
-    return shutil.copytree(mlp_run[0] / "run", tmp_path / "run")
 
 
 IMAGE = "images with 2 channels and 48 values"
@@ -39,7 +27,7 @@ BAD_DATA = {
     ),
     "NaN": (
         {"x": np.full((9, 6, 4, 2), np.nan), "y": np.arange(9) % 3},
-        "that are NaN or infinite in float32, the first in x[0]; expected finite numbers; clean the data first.",
+        "that are NaN or infinite, the first in x[0]; expected finite numbers; clean the data first.",
     ),
 }
 
@@ -110,8 +98,21 @@ class TestBadInput:
         for content in (b"", b"no tensors", whole[: len(whole) // 2], b"\xff" * 100, whole + b"more"):
             (run / "with.safetensors").write_bytes(content)
             assert self.refused(capsys, run, command, run) == (
-                f"--model: got {run / 'with.safetensors'} (damaged, or no safetensors file); "
+                f"RUN_DIR: got {run / 'with.safetensors'} (damaged, or no safetensors file); "
                 f"expected a model file that jbn saved; train it again."
+            )
+
+    def test_one_flipped_bit_of_any_array_or_of_what_it_says(self, run, capsys):
+        file = run / "with.safetensors"
+        whole = file.read_bytes()
+        start = 8 + int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8:start])
+        places = [start + header[name]["data_offsets"][0] for name in header if name != "__metadata__"]
+        for place, bit in [(place, 1) for place in places] + [(whole.index(b"tanh") + 3, ord("h") ^ ord("i"))]:
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            assert self.refused(capsys, run, "fold", run) == (
+                f"RUN_DIR: got {file} (damaged: it is not as it was written); expected a model file that jbn saved; "
+                f"train it again."
             )
 
     def test_a_folder_for_a_model(self, run, capsys):
@@ -126,6 +127,8 @@ class TestBadInput:
             ({"state/0/mean": np.ones(3, np.float32)}, "not the arrays of its network: state/0/mean"),
             ({"state/0/count": np.ones(7, np.float32)}, "not the arrays of its network: state/0/count"),
             ({"params/1/b": np.full(5, np.nan, np.float32)}, "values in params/1/b are not finite"),
+            ({"state/1/var": -np.ones(5, np.float32)}, "values in state/1/var are negative"),
+            ({"state/0/count": np.full(7, -1, np.int32)}, "values in state/0/count are negative"),
             ({"inputs/mean": np.ones((), np.float32)}, "not the arrays of its network: inputs/count, inputs/var"),
         ],
     )
@@ -133,7 +136,7 @@ class TestBadInput:
         file = run / "with.safetensors"
         arrays = {name: array for name, array in {**load_file(file), **change}.items() if array is not None}
         save_file(arrays, file, {"network": json.dumps(load_model(file)[0]._asdict())})
-        message = f"--model: got {file} ({reason}); expected a model file that jbn saved; train it again."
+        message = f"RUN_DIR: got {file} ({reason}); expected a model file that jbn saved; train it again."
         assert self.refused(capsys, run, "calibrate", run) == message
 
     @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ class TestBadInput:
         save_file(load_file(file), file, {"network": json.dumps({**load_model(file)[0]._asdict(), **change})})
         message = self.refused(capsys, run, "inspect", run)
         assert message == (
-            f"--model: got {file} (it does not say which network it holds); expected a model file that jbn saved; "
+            f"RUN_DIR: got {file} (it does not say which network it holds); expected a model file that jbn saved; "
             f"train it again."
         )
 
@@ -164,12 +167,13 @@ class TestBadInput:
         metrics["options"]["data"] = str(tmp_path / "other.npz")
         (run / "metrics.json").write_text(json.dumps(metrics))
         assert self.refused(capsys, tmp_path, "calibrate", run) == (
-            f"--data: got {tmp_path / 'other.npz'}, which has changed since the run in {run}; expected the data of the "
-            f"run; put them back, or pass other data with --data FILE."
+            f"RUN_DIR: got {tmp_path / 'other.npz'}, which has changed since the run in {run}; expected the data of "
+            f"the run; put them back, or pass other data with --data FILE."
         )
         (tmp_path / "other.npz").unlink()
         message = self.refused(capsys, tmp_path, "calibrate", run)
-        assert message.startswith(f"--data: got no file at {tmp_path / 'other.npz'}; ")
+        assert message.startswith(f"RUN_DIR: got no file at {tmp_path / 'other.npz'}; ")
+        assert message.endswith("; put it back, or pass other data with --data FILE.")
 
     @pytest.mark.parametrize("command", ["calibrate", "fold"])
     def test_a_file_that_exists_is_not_overwritten(self, command, run, capsys):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import sys
 
@@ -14,12 +15,14 @@ import optax
 import pytest
 
 import jbn
+import jbn.cli.batches
 import jbn.cli.fit
 import jbn.cli.train
-from jbn.cli import main
+from jbn.cli import display, main
+from jbn.cli.batches import Batches
 from jbn.cli.data import load_data
 from jbn.cli.devices import mesh_of
-from jbn.cli.fit import Fit, SoFar, batch_order, fit
+from jbn.cli.fit import Fit, SoFar, fit
 from jbn.cli.network import NetworkSpec, build, loss_fn
 from jbn.cli.saving import load_model, save_model, to_json
 from jbn.networks import mlp
@@ -52,19 +55,9 @@ def tree(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The default run, once for all tests of `TestDefaultRun`."""
-    folder = tmp_path_factory.mktemp("default")
-    before, out = os.getcwd(), io.StringIO()
-    os.chdir(folder)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "stdout", out)
-            assert main(["train"]) == 0
-    finally:
-        os.chdir(before)
-    return folder, json.loads(out.getvalue())
+@pytest.fixture
+def run(default_run):
+    return default_run
 
 
 class TestDefaultRun:
@@ -178,6 +171,13 @@ class TestOptions:
             "classes": 3,
         }
 
+    def test_alone_it_shows_help_and_it_says_its_version(self, capsys):
+        assert main([]) == 0
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in ("Usage: jbn", "train", "inspect", "calibrate", "fold", "bench"))
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"jbn {jbn.__version__}\n"
+
     def test_help_names_every_option(self, capsys):
         assert main(["train", "--help"]) == 0
         shown = capsys.readouterr().out
@@ -205,6 +205,35 @@ class TestTerminal:
             assert text in shown
         with pytest.raises(json.JSONDecodeError):
             json.loads(shown)
+
+    def test_a_bar_says_compiling_before_the_first_step(self, monkeypatch):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        with display.progress(["with", "without"], 8) as report:
+            report("with", None)
+        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+        assert re.search(r"with .*0/8 compiling", shown)
+        assert re.search(r"without .*0/8 waiting", shown)
+
+    @pytest.mark.parametrize(("accuracies", "hint"), [((0.5, 0.9), True), ((0.9, 0.9), False)])
+    def test_where_batch_norm_loses_there_is_a_hint(self, monkeypatch, accuracies, hint):
+        names = ("train_loss", "test_accuracy", "steps_to_target", "ms_per_step", "compile_s", "skipped_steps")
+        summary = {
+            name: {**dict.fromkeys(names, 0), "test_accuracy": accuracy}
+            for name, accuracy in zip(("with", "without"), accuracies, strict=True)
+        }
+        document = {"data": {"source": "some"}, "steps": 4, "devices": 1, "held_equal": [], "summary": summary}
+        document["options"] = {"target_loss": 0.1, "lr": 0.25, "batch_size": 8, "out": "run"}
+        monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+        monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", "300")
+        display.show(document)
+        assert ("(--lr, now 0.25), and batches that are not small (--batch-size, now 8)" in terminal.getvalue()) == hint
 
 
 class TestInterrupt:
@@ -244,11 +273,22 @@ class TestInterrupt:
 
 class TestPieces:
     def test_batches_are_the_same_for_the_same_seed_and_hold_no_row_twice(self):
-        order = batch_order(10, 4, 3, seed=1)
+        order = np.stack(list(Batches(10, 4, 3, seed=1).order()))
         assert order.shape == (3, 2, 4)
-        np.testing.assert_array_equal(order, batch_order(10, 4, 3, seed=1))
+        rng = np.random.default_rng(1)  # as version 0.1.0 has drawn them, all at once
+        np.testing.assert_array_equal(order, [rng.permutation(10)[:8].reshape(2, 4) for _ in range(3)])
         assert all(len(set(epoch.ravel())) == 8 for epoch in order)
         assert (order[0] != order[1]).any()
+
+    def test_an_epoch_is_shuffled_when_it_comes(self, tmp_path, data, monkeypatch, capsys):
+        """A run of a billion epochs gets as far as its first step."""
+        monkeypatch.setattr(SoFar, "after", lambda *given: signal.raise_signal(signal.SIGINT))
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            arguments = ("--epochs", "1000000000", "--batch-size", "8", "--hidden", "3", "--norm", "none")
+            assert main(["train", "--data", str(data), *arguments, "--out", str(tmp_path / "run")]) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_calls_of_many_steps_are_the_steps_one_by_one(self, data, monkeypatch):
         """Also where the last call of an epoch, and the last rows of an evaluation, are fewer."""
@@ -258,22 +298,22 @@ class TestPieces:
         params, state = network.init(jax.random.key(0))
         start = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
         loaded = load_data(data, 0, flat=True)
-        order = batch_order(len(loaded.x), 4, 2, seed=0)
-        assert order.shape == (2, 8, 4)
+        batches = Batches(len(loaded.x), 4, 2, seed=0)
+        assert (batches.steps, batches.total) == (8, 16)
 
         train_state, losses, accuracies = start, [], []
         one = jax.jit(step)
-        for epoch in order:
+        for epoch in batches.order():
             for rows in epoch:
                 train_state, metrics = one(train_state, (loaded.x[rows], loaded.y[rows]))
                 losses.append(float(metrics["loss"]))
             outputs, _ = network.apply(train_state.params, train_state.bn_state, loaded.x_test, train=False)
             accuracies.append(float(np.mean(np.argmax(outputs, -1) == np.asarray(loaded.y_test))))
 
-        monkeypatch.setattr(jbn.cli.fit, "_STEPS_A_CALL", 3)
+        monkeypatch.setattr(jbn.cli.batches, "_STEPS_A_CALL", 3)
         monkeypatch.setattr(jbn.cli.fit, "_ROWS_A_CALL", 5)
         reports = []
-        done = fit(network, step, SoFar.at(start), loaded, order, mesh_of(1), reports.append)
+        done = fit(network, step, SoFar.at(start), loaded, batches, mesh_of(1), reports.append)
         np.testing.assert_allclose(done.loss, losses, rtol=1e-5)
         np.testing.assert_allclose(done.epochs["test_accuracy"], accuracies)
         for a, b in zip(jax.tree.leaves(done.params), jax.tree.leaves(train_state.params), strict=True):
@@ -324,6 +364,16 @@ class TestPieces:
             for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
                 assert a.dtype == b.dtype
                 np.testing.assert_array_equal(a, b)
+
+    def test_model_files_of_identical_runs_are_the_same_bytes(self, tmp_path):
+        """Some tens of writes: the order of metadata was drawn anew for each."""
+        spec = NetworkSpec("mlp", (3, 4, 2), "z", "tanh", "float32")
+        params, state = build(spec).init(jax.random.key(5))
+        written = set()
+        for _ in range(20):
+            save_model(tmp_path / "m", spec, params, state, jbn.BNStats(*np.zeros((3, 3))))
+            written.add((tmp_path / "m").read_bytes())
+        assert len(written) == 1
 
     def test_model_files_name_their_arrays(self, tmp_path):
         from safetensors.numpy import load_file

@@ -1,7 +1,9 @@
 """Data and small runs of ``jbn train`` for the tests of what is done with them, and their mlp in NumPy."""
 
+import fcntl
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -38,20 +40,64 @@ def call(capsys, *arguments):
     return json.loads(printed.out)
 
 
-def trained(folder, *arguments):
-    np.savez(folder / "data.npz", **images(0))
+def shared(tmp_path_factory, name, make):
+    """A folder that ``make(folder)`` fills, and what it printed: made once for all workers of a test session."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, printed = root / name, root / f"{name}.json"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            folder.mkdir()
+            printed.write_text(json.dumps(make(folder)))
+    return folder, json.loads(printed.read_text())
+
+
+def printed_by(*arguments):
+    """What a good run prints, without a fixture."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
-        command = ["train", "--data", folder / "data.npz", "--batch-size", 16, "--out", folder / "run", *arguments]
-        assert main(list(map(str, command))) == 0
-    return folder, json.loads(out.getvalue())
+        assert main(list(map(str, arguments))) == 0
+    return json.loads(out.getvalue())
 
 
-def trained_mlp(folder):
+def train_default(folder):
+    """In this folder, with real pictures."""
+    import matplotlib.figure
+
+    def savefig(figure, file):
+        figure.canvas.print_figure(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+        return printed_by("train")
+
+
+def trained(folder, *arguments):
+    np.savez(folder / "data.npz", **images(0))
+    return printed_by("train", "--data", folder / "data.npz", "--batch-size", 16, "--out", folder / "run", *arguments)
+
+
+def train_resnet(folder):
+    return trained(folder, "--network", "resnet", "--widths", "4,5", "--epochs", 4)
+
+
+def train_mlp(folder):
     """With the norm after the activation, and the statistics of each batch forgotten slowly."""
     options = ("--norm", "a", "--no-compare", "--hidden", "7,5", "--activation", "tanh", "--epochs", 3)
     return trained(folder, *options, "--lr", 0.3, "--bn-momentum", 0.99)
+
+
+# An mlp that is trained alone, in 4 epochs of 3 steps.
+ALONE = ("--hidden", "7,5", "--batch-size", "16", "--epochs", "4", "--no-compare")
+
+
+def train_with_checkpoints(folder):
+    np.savez(folder / "data.npz", **images(0))
+    places = ("--data", folder / "data.npz", "--checkpoint-dir", folder / "kept", "--out", folder / "out")
+    return printed_by("train", *ALONE, *places)
 
 
 def split(seed=0):

@@ -21,7 +21,7 @@ from jbn.cli.bench import display
 from jbn.cli.bench.options import BenchOptions
 from jbn.cli.bench.rounds import PASSES, Source, measure
 from jbn.cli.bench.torch_process import Torch, torch_process
-from jbn.cli.interrupt import interrupts
+from jbn.cli.interrupt import check
 
 __all__ = ["run"]
 
@@ -49,7 +49,7 @@ def run(options: BenchOptions) -> None:
     modes: dict[str, Any] = {}
     gc.freeze()  # a collection that goes through all of JAX would outlast a turn
     try:
-        with interrupts() as check, process as torch, display.progress(options) as tell:
+        with process as torch, display.progress(options) as tell:
 
             def at(mode: str, round_: int) -> None:
                 check()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jbn.cli.bench.options import BenchOptions
 from jbn.cli.saving import to_json
+from jbn.cli.streams import printing
 
 __all__ = ["progress", "show"]
 
@@ -32,10 +33,15 @@ def progress(options: BenchOptions) -> Iterator[Callable[[str, int], None]]:
 
 def show(document: dict[str, Any]) -> None:
     """Prints the outcome of a run."""
+    with printing():
+        if document["options"]["json"] or not sys.stdout.isatty():
+            print(to_json(document))
+        else:
+            _show_table(document)
+
+
+def _show_table(document: dict[str, Any]) -> None:
     options = document["options"]
-    if options["json"] or not sys.stdout.isatty():
-        print(to_json(document))
-        return
     shape = "×".join(map(str, options["shape"]))
     table = Table(title=f"Batch norm of {shape} {options['dtype']}, axis {options['axis']}")
     table.add_column("")
@@ -70,6 +76,8 @@ def _notes(document: dict[str, Any]) -> Iterator[str]:
     )
     for name, why in document["skipped"].items():
         yield f"Skipped: {_TITLES[name]}, {why}."
+    if missing := [why.split()[0] for why in document["skipped"].values() if why.endswith("is not installed")]:
+        yield f"To see them too: python -m pip install {' '.join(missing)}"
     for mode, rows in document["modes"].items():
         for name, error in rows["errors"].items():
             yield f"{_TITLES[name]} could not run {mode}: {error}."

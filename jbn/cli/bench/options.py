@@ -5,21 +5,50 @@ from dataclasses import dataclass
 from typing import Any
 
 from jbn.cli.bad_input import BadInput
+from jbn.cli.options import option
+from jbn.cli.parsers import choice, integer
 
-__all__ = ["DTYPES", "BenchOptions", "axis", "shape"]
+__all__ = ["BenchOptions"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _shape(option: str, raw: Any) -> tuple[int, ...]:
+    """For the sizes of x."""
+    try:
+        sizes = tuple(int(size) for size in str(raw).split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise BadInput(
+            f"{option}: got {raw!r}; expected the sizes of x between commas, each at least 1; "
+            f"as in {option} 32,56,56,64."
+        )
+    return sizes
+
+
+def _axis(option: str, raw: Any) -> int:
+    """For the feature axis; the shape tells whether there is one."""
+    try:
+        return int(str(raw))
+    except ValueError:
+        raise BadInput(f"{option}: got {raw}; expected a whole number; as in {option} -1.") from None
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """What ``jbn bench`` was asked for, in the words of its options."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    axis: int
-    rounds: int
-    json: bool
+    shape: tuple[int, ...] = option(_shape, "INT,INT,…", "Of x.", "32,56,56,64")
+    dtype: str = option(choice(DTYPES), "|".join(DTYPES), "Of x and y.", "float32")
+    axis: int = option(_axis, "INT", "The feature axis; -1 for NHWC, 1 for NCHW.", -1)
+    rounds: int = option(integer(7, 11), "INT", "In which each takes a turn, fewer if time is up.", 11)
+    json: bool = option(None, "", "JSON on a terminal too.", False)
+
+    @classmethod
+    def of(cls, **given: Any) -> "BenchOptions":
+        """What was given, checked."""
+        return cls(**given)
 
     def __post_init__(self) -> None:
         rank = len(self.shape)
@@ -48,24 +77,3 @@ class BenchOptions:
     def nbytes(self) -> int:
         """Bytes of x."""
         return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
-
-
-def shape(raw: Any) -> tuple[int, ...]:
-    """A parser for the sizes of x."""
-    try:
-        sizes = tuple(int(size) for size in str(raw).split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise BadInput(
-            f"--shape: got {raw!r}; expected the sizes of x between commas, each at least 1; as in --shape 32,56,56,64."
-        )
-    return sizes
-
-
-def axis(raw: Any) -> int:
-    """A parser for the feature axis; the shape tells whether there is one."""
-    try:
-        return int(str(raw))
-    except ValueError:
-        raise BadInput(f"--axis: got {raw}; expected a whole number; as in --axis -1.") from None

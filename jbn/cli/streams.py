@@ -1,0 +1,47 @@
+"""What is printed goes where the user wants it, in any encoding, or one line and the exit code say that it did not."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+__all__ = ["Unprinted", "make_ready", "printing", "say"]
+
+
+class Unprinted(Exception):
+    """Standard output does not take what is printed; the text says why."""
+
+
+def make_ready() -> None:
+    """Lets stdout and stderr take any text, with escapes for what their encoding lacks, also where they are closed."""
+    for name, number, mode in (("stdout", 1, os.O_RDONLY), ("stderr", 2, os.O_WRONLY)):
+        stream = getattr(sys, name)
+        if stream is None:
+            # No file that is opened later may get the number. What is printed on stdout fails, as it should.
+            null = os.open(os.devnull, mode)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def say(line: str) -> None:
+    """A line on stderr, if there is room."""
+    with suppress(OSError):
+        print(f"jbn: {line}", file=sys.stderr)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Around what prints: a full disk or a closed stdout is `Unprinted`, a reader who has left a BrokenPipeError."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Unprinted(error.strerror or str(error)) from error
