@@ -1,23 +1,19 @@
 """Runs that the tests of the command line share, and pictures that cost nothing where no test looks at them."""
 
 import shutil
-from pathlib import Path
 
-import matplotlib.figure
 import pytest
 from support import saved_runs
 
 
-@pytest.fixture(scope="session", autouse=True)
-def blank_pictures():
-    """Rendering two pictures takes longer than a small run. Those of the default run are real."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file: Path(file).write_bytes(b""))
-        yield patch
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    with saved_runs.blank_pictures():
+        yield
 
 
 @pytest.fixture(scope="session")
-def default_run(blank_pictures, tmp_path_factory):
+def default_run(tmp_path_factory):
     """``jbn train``, in a folder of its own."""
     return saved_runs.shared(tmp_path_factory, "default", saved_runs.train_default)
 

@@ -19,8 +19,8 @@ NARROW = {
 
 @pytest.mark.parametrize("name", NARROW)
 def test_a_narrow_network_is_what_torchvision_computed(name):
-    """``tests/convert/golden_torchvision.py`` wrote the file."""
-    answers = golden.load(Path(__file__).parent / "golden" / f"torchvision-{name}.npz")
+    """``tests/convert/golden/torchvision/make.py`` wrote the file."""
+    answers = golden.load(Path(__file__).parent / "golden" / "torchvision" / f"{name}.npz")
     make = partial(resnet, 5, stem="imagenet", widths=WIDTHS, **NARROW[name])
     assert_equals_torchvision(make, answers, answers.pop("x"))
 

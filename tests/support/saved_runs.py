@@ -5,7 +5,10 @@ import io
 import json
 import os
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
+import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -40,6 +43,14 @@ def call(capsys, *arguments):
     return json.loads(printed.out)
 
 
+@contextmanager
+def blank_pictures():
+    """Rendering two pictures takes longer than a small run. Those of the default run are real."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file: Path(file).write_bytes(b""))
+        yield
+
+
 def shared(tmp_path_factory, name, make):
     """A folder that ``make(folder)`` fills, and what it printed: made once for all workers of a test session."""
     root = tmp_path_factory.getbasetemp()
@@ -49,7 +60,8 @@ def shared(tmp_path_factory, name, make):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
             folder.mkdir()
-            printed.write_text(json.dumps(make(folder)))
+            with blank_pictures():
+                printed.write_text(json.dumps(make(folder)))
     return folder, json.loads(printed.read_text())
 
 
@@ -64,7 +76,6 @@ def printed_by(*arguments):
 
 def train_default(folder):
     """In this folder, with real pictures."""
-    import matplotlib.figure
 
     def savefig(figure, file):
         figure.canvas.print_figure(file)
