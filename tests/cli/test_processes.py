@@ -99,7 +99,7 @@ def test_processes_train_as_one_does_and_the_first_alone_speaks(data, tmp_path, 
     assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs", "many", "one"]
 
 
-@pytest.mark.parametrize("victim", [0, 2], ids=["the coordinator", "another"])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.nightly)], ids=["the coordinator", "another"])
 def test_when_one_is_killed_all_others_end_with_a_line_that_says_so(data, tmp_path, victim):
     (tmp_path / "logs").mkdir()
     with Run(tmp_path / "logs", 3, training(data, tmp_path)) as run:
@@ -162,7 +162,9 @@ def test_data_that_are_not_the_same_everywhere_are_refused(data, tmp_path):
     assert run.printed("err") == [message] * 2
 
 
-@pytest.mark.parametrize("process", [0, 1], ids=["nobody comes", "nobody is there"])
+@pytest.mark.parametrize(
+    "process", [pytest.param(0, marks=pytest.mark.nightly), 1], ids=["nobody comes", "nobody is there"]
+)
 def test_a_process_that_meets_no_other_says_so_in_time(tmp_path, process):
     with socket.create_server(("localhost", 0)) as free:
         address = f"localhost:{free.getsockname()[1]}"

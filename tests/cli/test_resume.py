@@ -279,6 +279,7 @@ class TestKilled:
         assert names(kept / "without") == ({176, 178, 180}, set())
         same(tmp_path / "out", plain)
 
+    @pytest.mark.nightly
     def test_several_processes_go_on_together(self, data, tmp_path, capsys):
         arguments = (*MLP, *ALONE, "--epochs", "24", "--lr", "0.1")
         plain, kept = train(capsys, data, tmp_path / "plain", *arguments), tmp_path / "kept"

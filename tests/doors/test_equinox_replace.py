@@ -40,7 +40,7 @@ def in_float64(tree):
     return jax.tree.map(lambda v: v.astype(dtypes.get(v.dtype.name, v.dtype)) if eqx.is_array(v) else v, tree)
 
 
-@pytest.mark.parametrize("mode", ["batch", "ema"])
+@pytest.mark.parametrize("mode", ["batch", pytest.param("ema", marks=pytest.mark.nightly)])
 def test_a_resnet_trains_as_it_does_with_the_layers_of_equinox(mode):
     model, state, opt_state = resnet(mode)
     stock = models.train(model, state, opt_state, OPTIMIZER, *models.images())

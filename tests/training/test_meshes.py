@@ -1,5 +1,6 @@
 """Training on an explicit mesh with an axis for the batch and one for the features: the losses of one device."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from support.nightly import by_day
 
 from jbn import networks
 from jbn.training import TrainState, make_train_step
@@ -23,6 +25,14 @@ WEIGHTS = {
     "outputs": (OUTPUTS, OUTPUTS, WHOLE),
     "inputs and outputs in turn": (WHOLE, OUTPUTS, INPUTS),
     "inputs over the axis of the batch": ((P("data", None), P()),) * 3,
+}
+
+
+# How images are split, after the axis of the steps.
+IMAGES = {
+    "batch": P(None, "data"),
+    "batch and rows": P(None, "data", "model"),
+    "rows": P(None, None, "data"),
 }
 
 
@@ -79,11 +89,13 @@ def test_a_perceptron_trains_as_on_one_device_and_its_state_stays_where_it_is(we
         assert a.sharding.is_equivalent_to(c.sharding, a.ndim)
 
 
-@pytest.mark.parametrize("spec", [P(None, "data"), P(None, "data", "model"), P(None, None, "data")], ids=str)
-@pytest.mark.parametrize("options", [{}, {"remat": True}], ids=["plain", "remat"])
-def test_a_residual_network_trains_as_on_one_device(spec, options):
-    mesh = jax.make_mesh((4, 2), ("data", "model"))
-    network = networks.resnet(2, in_channels=1, widths=(4, 8), blocks=1, **options)
+@pytest.mark.parametrize(
+    ("split", "remat"),
+    by_day(itertools.product(IMAGES, (False, True)), [("batch", True), ("batch and rows", False), ("rows", True)]),
+)
+def test_a_residual_network_trains_as_on_one_device(split, remat):
+    spec, mesh = IMAGES[split], jax.make_mesh((4, 2), ("data", "model"))
+    network = networks.resnet(2, in_channels=1, widths=(4, 8), blocks=1, remat=remat)
     x = jax.random.normal(jax.random.key(1), (STEPS, 8, 8, 8, 1))
     y = (x.mean((2, 3, 4)) > 0).astype(int)
     alone = start(network)
