@@ -209,7 +209,7 @@ def _line(row, name):
         NORMS[name].title,
         f"{1e3 * harness.spread(seconds[name]).median:.3f}",
         harness.spread(harness.ratios(seconds[name], seconds["jbn"])).text() if "jbn" in seconds else "–",
-        "–" if part is None or name == "none" else harness.spread(part).text(1),
+        "–" if part is None or name == "none" or NORMS[name].torch else harness.spread(part).text(1),
         "–" if name not in row["temporaries"] else f"{row['temporaries'][name] / 1e6:.1f}",
         "–" if name not in row["compilation"] else f"{row['compilation'][name]:.2f}",
     ]
@@ -226,7 +226,7 @@ def picture(run: harness.Run) -> Any:
             place, style = line + (i - (len(names) - 1) / 2) * height, {"height": 0.9 * height, "color": f"C{i}"}
             label = NORMS[name].title if line == 0 else None
             part = share(row, name)
-            if part is not None and name != "none":
+            if part is not None and name != "none" and not NORMS[name].torch:
                 low, median, high = sorted(harness.spread(part))
                 panels[0].barh(place, median, xerr=[[median - low], [high - median]], **style)
             if name in row["temporaries"]:
