@@ -11,7 +11,7 @@ from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._arrays import as_jax, as_numpy, as_weights, shape_of
 from jbn.convert._averages import counted, counter_of, hidden_of, read_of
-from jbn.convert._formats import Entry, Format, as_names, found, leaves, nested
+from jbn.convert._formats import Entry, Format, as_names, found, leaves, nested, slashed
 from jbn.convert._layer import SATURATED, as_arrays, as_layer, one_count, spread
 
 __all__ = ["EQUINOX", "from_equinox", "to_equinox"]
@@ -149,7 +149,7 @@ def _entries(variables: Any) -> dict[str, Entry]:
     if isinstance(variables, Mapping):
         entries: dict[str, Entry] = {}
         for path, entry in leaves("variables", variables):
-            name = "/".join(map(str, path))
+            name = slashed(path)
             pair = enumerate(entry.value) if isinstance(entry.value, tuple) else ()
             entries |= {f"{name}/{i}": Entry(f"{entry.label}[{i}]", v) for i, v in pair} or {name: entry}
         return entries

@@ -8,7 +8,7 @@ import jax
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._arrays import as_jax
-from jbn.convert._formats import Entry, Format, as_names, found, named, nested, refilled
+from jbn.convert._formats import Entry, Format, as_names, found, named, nested, refilled, slashed
 from jbn.convert._layer import as_arrays, as_layer
 
 __all__ = ["FLAX", "from_flax", "read_four", "to_flax", "write_four"]
@@ -106,7 +106,7 @@ def _entries(variables: Any) -> dict[str, Entry]:
 
 def _name(path: tuple[Any, ...]) -> str:
     """Without the collection: a module has one name for what it learns and what it averages."""
-    return "/".join(map(str, path[1:] if path[0] in ("params", "batch_stats") else path))
+    return slashed(path[1:] if path[0] in ("params", "batch_stats") else path)
 
 
 def read_four(pieces: dict[str, Entry], options: dict[str, Any]) -> tuple[BNParams, BNState]:

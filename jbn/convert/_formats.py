@@ -17,6 +17,7 @@ __all__ = [
     "nested",
     "refilled",
     "shown",
+    "slashed",
 ]
 
 
@@ -73,6 +74,11 @@ def as_names(name: str, prefix: Any, separator: str) -> tuple[str, ...]:
     raise TypeError(
         f"{name}: got {kind_of(prefix)}; expected a path, as text or as a tuple of names; pass 'block{separator}bn'."
     )
+
+
+def slashed(path: tuple[Any, ...]) -> str:
+    """The names along a path as one, with slashes between them."""
+    return "/".join(map(str, path))
 
 
 def leaves(label: str, tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Entry]]:

@@ -10,7 +10,7 @@ from jbn._checks import as_ints, as_size, as_tuple, kind_of
 from jbn._pytrees import BNParams, BNState
 from jbn.convert._arrays import as_jax, as_numpy, shape_of
 from jbn.convert._averages import counted, counter_of, hidden_of
-from jbn.convert._formats import Entry, Format, as_names, found, leaves, refilled
+from jbn.convert._formats import Entry, Format, as_names, found, leaves, refilled, slashed
 from jbn.convert._layer import as_arrays, as_layer, one_count, spread
 
 __all__ = ["HAIKU", "from_haiku", "to_haiku"]
@@ -115,11 +115,7 @@ def _entries(variables: Any) -> dict[str, Entry]:
             f"pass what init returned."
         )
     named = zip(("params", "state"), variables, strict=True)
-    return {_name(path): entry for name, tree in named for path, entry in leaves(name, tree)}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
+    return {slashed(path): entry for name, tree in named for path, entry in leaves(name, tree)}
 
 
 def _read(pieces: dict[str, Entry], options: dict[str, Any]) -> tuple[BNParams, BNState]:
@@ -191,7 +187,7 @@ def _write(params: Any, state: Any, like: dict[str, Entry], options: dict[str, A
 def _build(arrays: dict[str, Any], like: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an average keeps goes to the state, all else to the params."""
     if like is not None:
-        params, state = (refilled(tree, arrays, _name) for tree in like)
+        params, state = (refilled(tree, arrays, slashed) for tree in like)
         return params, state
     params, state = {}, {}
     for name, array in arrays.items():

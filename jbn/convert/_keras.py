@@ -7,7 +7,7 @@ import numpy as np
 
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
-from jbn.convert._formats import Entry, Format, as_names, found, layer_of, named, refilled
+from jbn.convert._formats import Entry, Format, as_names, found, layer_of, named, refilled, slashed
 from jbn.convert._layer import as_arrays, as_layer
 
 __all__ = ["KERAS", "from_keras", "to_keras"]
@@ -93,7 +93,7 @@ def to_keras(params: BNParams, state: BNState, prefix: Any = "", *, dtype: Any =
 
 def _entries(variables: Any) -> dict[str, Entry]:
     if isinstance(variables, Mapping):
-        return named("variables", variables, _name)
+        return named("variables", variables, slashed)
     if not isinstance(variables, (list, tuple)):
         hint = "pass model.weights" if hasattr(variables, "weights") else "pass {v.path: v for v in model.weights}"
         raise TypeError(f"variables: got {kind_of(variables)}; expected variables by path, or a list; {hint}.")
@@ -106,10 +106,6 @@ def _entries(variables: Any) -> dict[str, Entry]:
         )
     names = _NAMES[-len(variables) :]
     return {n: Entry(f"variables[{i}]", v) for i, (n, v) in enumerate(zip(names, variables, strict=True))}
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
 
 
 def _read(pieces: dict[str, Entry], options: dict[str, Any]) -> tuple[BNParams, BNState]:
@@ -125,7 +121,7 @@ def _write(params: Any, state: Any, like: dict[str, Entry], options: dict[str, A
 def _build(arrays: dict[str, Any], like: Any) -> Any:
     if isinstance(like, (list, tuple)):  # in the order in which set_weights wants them
         return [arrays.get(name, entry.value) for name, entry in _entries(like).items()]
-    return dict(arrays) if like is None else refilled(like, arrays, _name)
+    return dict(arrays) if like is None else refilled(like, arrays, slashed)
 
 
 KERAS = Format(

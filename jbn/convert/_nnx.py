@@ -5,8 +5,8 @@ from typing import Any
 
 from jbn._checks import kind_of
 from jbn._pytrees import BNParams, BNState
-from jbn.convert._flax import read_four, write_four
-from jbn.convert._formats import Entry, Format, as_names, found, named, nested, refilled
+from jbn.convert._flax import FLAX, read_four, write_four
+from jbn.convert._formats import Entry, as_names, found, named, nested, refilled, slashed
 
 __all__ = ["NNX", "from_nnx", "to_nnx"]
 
@@ -88,35 +88,16 @@ def _entries(variables: Any) -> dict[str, Entry]:
         raise TypeError(
             f"variables: got {kind_of(variables)}; expected nested mappings of variables; pass nnx.state(model)."
         )
-    return named("variables", variables, _name)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
+    return named("variables", variables, slashed)
 
 
 def _build(arrays: dict[str, Any], like: Any) -> dict[Any, Any]:
     """Numbers in a path are indices of a list of modules."""
     if like is not None:
-        return refilled(like, arrays, _name)
+        return refilled(like, arrays, slashed)
     return nested(
         {tuple(int(k) if k.isdecimal() else k for k in name.split("/")): array for name, array in arrays.items()}
     )
 
 
-NNX = Format(
-    name="nnx",
-    argument="variables",
-    separator="/",
-    learned=("scale", "bias"),
-    running=(("mean", "var"),),
-    optional=(),
-    kernel="kernel",
-    bias="bias",
-    kernels_first=False,
-    needs_like=False,
-    entries=_entries,
-    read=read_four,
-    write=write_four,
-    build=_build,
-)
+NNX = FLAX._replace(name="nnx", entries=_entries, build=_build)  # the leaves of a module are linen's

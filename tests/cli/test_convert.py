@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from support import saved_runs
 from support.saved_runs import call
 
 from jbn import BNStats
@@ -118,14 +119,7 @@ BAD = {
 
 class TestBadInput:
     def refused(self, capsys, folder, *arguments):
-        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-        assert main(["convert", *map(str, arguments)]) == 2
-        printed = capsys.readouterr()
-        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-        assert printed.out == ""
-        assert printed.err.startswith("jbn: ")
-        assert printed.err.count("\n") == 1
-        return printed.err[5:-1]
+        return saved_runs.refused(capsys, folder, "convert", *arguments)
 
     @pytest.mark.parametrize("case", BAD)
     def test_damaged_and_hostile_files(self, case, tmp_path, capsys):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support import saved_runs
 from support.saved_runs import call, images
 
-from jbn.cli import main
 from jbn.cli.bad_input import BadInput
 from jbn.cli.network import NetworkSpec, build
 from jbn.cli.saving import load_model, new_file, replaced_files, save_model
@@ -33,16 +33,7 @@ BAD_DATA = {
 
 
 class TestBadInput:
-    def refused(self, capsys, folder, *arguments):
-        """The line on stderr, after a look that nothing else was said or written."""
-        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-        assert main(list(map(str, arguments))) == 2
-        printed = capsys.readouterr()
-        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-        assert printed.out == ""
-        assert printed.err.startswith("jbn: ")
-        assert printed.err.count("\n") == 1
-        return printed.err[5:-1]
+    refused = staticmethod(saved_runs.refused)
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_what_is_no_run(self, command, tmp_path, capsys):

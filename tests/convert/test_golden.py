@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from support import golden
 from support.beside_stock import bits
 
 import jbn
@@ -25,30 +26,19 @@ RULES = {
 }
 
 
-def nested(arrays, separator):
-    tree = {}
-    for name, array in arrays.items():
-        *modules, leaf = name.split(separator)
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[leaf] = array
-    return tree
-
-
 def as_haiku(arrays):
-    modules = nested(arrays, ":")
+    modules = golden.nested(arrays, ":")
     return {"batch_norm": modules.pop("batch_norm")}, modules
 
 
 def as_equinox(arrays):
-    tree = nested(arrays, "/")
+    tree = golden.nested(arrays, "/")
     return {k: (v["0"], v["1"]) if isinstance(v, dict) else v for k, v in tree.items()}
 
 
 READ = {
     "torch": (dict, convert.from_torch, convert.to_torch),
-    "flax": (lambda a: nested(a, "/"), convert.from_flax, convert.to_flax),
+    "flax": (lambda a: golden.nested(a, "/"), convert.from_flax, convert.to_flax),
     "nnx": (dict, convert.from_nnx, convert.to_nnx),
     "keras": (dict, convert.from_keras, lambda p, s: convert.to_keras(p, s, "bn")),
     "haiku": (

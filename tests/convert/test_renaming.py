@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from support import golden
 
 from jbn import BNParams, BNState, bn_apply, convert
 from jbn.convert import rename_arrays
@@ -158,21 +159,10 @@ def test_what_each_array_becomes():
     }
 
 
-def unflattened(arrays):
-    tree = {}
-    for name, value in arrays.items():
-        *path, leaf = name.split("/")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[leaf] = value
-    return tree
-
-
 def test_layers_are_those_that_are_converted_one_by_one():
     state_dict = torchvision()
-    variables = unflattened(rename_arrays(state_dict, "flax").arrays)
-    ours = unflattened(rename_arrays(state_dict, "jbn").arrays)
+    variables = golden.nested(rename_arrays(state_dict, "flax").arrays, "/")
+    ours = golden.nested(rename_arrays(state_dict, "jbn").arrays, "/")
     for torch, flax in (("bn1", "bn1"), ("layer2.0.downsample.1", "layer2/0/downsample/1")):
         wanted = convert.from_torch({k: v for k, v in state_dict.items() if k.startswith(f"{torch}.")}, torch)
         within = {kind: variables[kind] for kind in ("params", "batch_stats")}
@@ -203,7 +193,7 @@ def test_flax_computes_the_same_from_it():
             return nn.Dense(5, name="fc")(x.mean((1, 2)))
 
     x = array(2, 3, 6, 5)
-    got = Model().apply(unflattened(rename_arrays(state_dict, "flax").arrays), x.transpose(0, 2, 3, 1))
+    got = Model().apply(golden.nested(rename_arrays(state_dict, "flax").arrays, "/"), x.transpose(0, 2, 3, 1))
     z = lax.conv(x, state_dict["conv.weight"], (1, 1), "SAME") + state_dict["conv.bias"][:, None, None]
     params, state = convert.from_torch({k: v for k, v in state_dict.items() if k.startswith("bn.")}, "bn")
     z, _ = bn_apply(params, state, z, train=False, axis=1)

@@ -26,3 +26,15 @@ def load(path):
         places[stored] = end = start + int(np.prod(shape))
         arrays[name] = flat[stored][start:end].reshape(shape).astype(dtype)
     return arrays
+
+
+def nested(arrays, separator):
+    """Nested dicts, from arrays by names in which a separator stands between those of modules."""
+    tree = {}
+    for name, array in arrays.items():
+        *modules, leaf = name.split(separator)
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = array
+    return tree

@@ -135,3 +135,15 @@ def forward(params, state, z):
         if layer["bn"] is not None:
             a = (a - state[i].mean) / np.sqrt(np.asarray(state[i].var, np.float64) + 1e-5)
             a = np.asarray(layer["bn"].gamma) * a + np.asarray(layer["bn"].beta)
+
+
+def refused(capsys, folder, *arguments):
+    """The line on stderr, after a look that nothing else was said or written."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(list(map(str, arguments))) == 2
+    printed = capsys.readouterr()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert printed.out == ""
+    assert printed.err.startswith("jbn: ")
+    assert printed.err.count("\n") == 1
+    return printed.err[5:-1]
