@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.closeness import CHAIN, assert_close
+from support.masked_images import assert_mask_selects
 from support.small_imagenet import BLOCKS, CLASSES, N, in_float64, is_norm, made, plain, small
 
 from jbn import bn_update_stats
@@ -137,16 +138,7 @@ def test_remat_keeps_less_for_the_backward_pass_and_changes_no_value(block):
 @pytest.mark.parametrize("train", [True, False])
 def test_a_mask_is_the_same_as_computing_on_the_selected_images(train):
     network, params, state, x = made()
-    keep = np.arange(N) % 3 != 1
-    dirty = jnp.where(keep[:, None, None, None], x, jnp.nan)
-
-    def loss(params, x, rows, mask):
-        outputs, stats = network.apply(params, state, x, train=train, mask=mask)
-        return jnp.mean(jnp.square(outputs[rows])), stats
-
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    masked = run(params, dirty, np.flatnonzero(keep), jnp.asarray(keep)[:, None])
-    assert_close(masked, run(params, x[keep], np.arange(keep.sum()), None), roundings=8 * CHAIN)
+    assert_mask_selects(network, params, state, x, train=train, roundings=8 * CHAIN)
 
 
 def test_bfloat16_is_the_dtype_of_the_computation_alone():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.closeness import CHAIN, assert_close, assert_same_bits
+from support.masked_images import assert_mask_selects
 from support.small_resnet import CLASSES, EPS, NORMS, SHAPE, N, by_name, in_float64, made, plain, small
 
 from jbn import BNParams, BNState, BNStats, bn_apply, bn_labels, bn_update_stats, weight_decay_mask
@@ -184,16 +185,7 @@ def test_remat_keeps_less_for_the_backward_pass_and_changes_no_value():
 @pytest.mark.parametrize("train", [True, False])
 def test_a_mask_is_the_same_as_computing_on_the_selected_images(norm, train):
     network, params, state, x = made(norm)
-    keep = np.arange(N) % 3 != 1
-    dirty = jnp.where(keep[:, None, None, None], x, jnp.nan)
-
-    def loss(params, x, rows, mask):
-        outputs, stats = network.apply(params, state, x, train=train, mask=mask)
-        return jnp.mean(jnp.square(outputs[rows])), stats
-
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    masked = run(params, dirty, np.flatnonzero(keep), jnp.asarray(keep)[:, None])
-    assert_close(masked, run(params, x[keep], np.arange(keep.sum()), None), roundings=1024)
+    assert_mask_selects(network, params, state, x, train=train, roundings=1024)
 
 
 def test_an_empty_mask_moves_no_statistic_and_gives_finite_outputs():
