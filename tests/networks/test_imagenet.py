@@ -1,5 +1,6 @@
 """`resnet` with the stem for ImageNet, against the plain formula: values in NumPy float64, gradients by autodiff."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from support.closeness import CHAIN, assert_close
 from support.masked_images import assert_mask_selects
+from support.nightly import by_day
 from support.small_imagenet import BLOCKS, CLASSES, N, in_float64, is_norm, made, plain, small
 
 from jbn import bn_update_stats
@@ -50,8 +52,10 @@ def test_the_3x3_of_a_bottleneck_has_the_stride_and_the_images_shrink_to_a_32nd(
     assert len(seen) == 53
 
 
-@BLOCKS
-@pytest.mark.parametrize("norm", ["z", None])
+@pytest.mark.parametrize(
+    ("block", "norm"),
+    by_day(itertools.product(["basic", "bottleneck"], ["z", None]), [("bottleneck", "z"), ("basic", None)]),
+)
 def test_outputs_stats_and_gradients_are_those_of_the_plain_formula(block, norm):
     network, params, state, x = made(block, norm=norm)
     want, moments = plain(np, in_float64(params), np.asarray(x, np.float64))
@@ -80,7 +84,7 @@ def test_outputs_stats_and_gradients_are_those_of_the_plain_formula(block, norm)
 @BLOCKS
 def test_evaluation_uses_the_running_statistics(block):
     network, params, state, x = made(block)
-    outputs, _ = network.apply(params, state, x[:1] - 3, train=False)
+    outputs, _ = jax.jit(partial(network.apply, train=False))(params, state, x[:1] - 3)
     want, _ = plain(np, in_float64(params), np.asarray(x[:1] - 3, np.float64), in_float64(state))
     np.testing.assert_allclose(outputs, want, rtol=1e-4, atol=1e-4)
 
@@ -102,10 +106,11 @@ def test_params_and_state_have_a_layer_at_each_place_and_the_last_gamma_of_a_blo
 def test_one_number_of_blocks_stands_for_all_stages_and_a_small_stem_goes_with_bottlenecks():
     wanted = resnet(3, widths=(4, 8), blocks=(2, 2), block="bottleneck")
     network = resnet(3, widths=(4, 8), blocks=2, block="bottleneck")
-    params, state = network.init(jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted.init(jax.random.key(0))[0])
+    (params, state), (of_each, _) = (jax.eval_shape(net.init, jax.random.key(0)) for net in (network, wanted))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, of_each)
     assert params["stem"]["W"].shape == (3, 3, 3, 4)
-    outputs, _ = network.apply(params, state, jnp.ones((2, 8, 8, 3)), train=False)
+    forward = partial(network.apply, train=False)
+    outputs, _ = jax.eval_shape(forward, params, state, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32))
     assert outputs.shape == (2, 3)
 
 
@@ -119,7 +124,7 @@ def loss_and_grads(network, state, **options):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@BLOCKS
+@pytest.mark.parametrize("block", ["bottleneck", pytest.param("basic", marks=pytest.mark.nightly)])
 def test_remat_keeps_less_for_the_backward_pass_and_changes_no_value(block):
     network, params, state, x = made(block)
     again, mask = small(block=block, remat=True), jnp.arange(N)[:, None] != 2
@@ -144,7 +149,7 @@ def test_a_mask_is_the_same_as_computing_on_the_selected_images(train):
 def test_bfloat16_is_the_dtype_of_the_computation_alone():
     network, params, state, x = made(dtype=jnp.bfloat16)
     (_, (outputs, stats)), grads = loss_and_grads(network, state)(params, x)
-    exact, _ = small(block="bottleneck").apply(params, state, x, train=True)
+    exact, _ = jax.jit(partial(small(block="bottleneck").apply, train=True))(params, state, x)
     assert outputs.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((grads, stats))} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(outputs.astype(jnp.float32), exact, rtol=0.15, atol=0.15 * float(jnp.abs(exact).max()))

@@ -73,7 +73,7 @@ def plain(xp, params, x, state=None):
 def made(block="bottleneck", **options):
     """A network with params in which nothing is 0 or 1, its state as after training, and a batch."""
     network = small(block=block, **options)
-    params, state = network.init(jax.random.key(0))
+    params, state = jax.jit(network.init)(jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda p: p + jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype), params)
 

@@ -71,7 +71,7 @@ def in_float64(tree):
 def made(norm="z", **options):
     """A network with params in which nothing is 0 or 1, its state, and a batch."""
     network = small(norm=norm, **options)
-    params, state = network.init(jax.random.key(0))
+    params, state = jax.jit(network.init)(jax.random.key(0))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda p: p + jnp.asarray(0.2 * rng.normal(size=p.shape), p.dtype), params)
     x = jnp.asarray(2 * rng.normal(size=(N, *SHAPE)) + 1, jnp.float32)

@@ -41,7 +41,7 @@ def loss_fn(outputs, y):
 
 
 def start(network):
-    params, bn_state = network.init(jax.random.key(0))
+    params, bn_state = jax.jit(network.init)(jax.random.key(0))
     with jax.numpy_dtype_promotion("standard"):
         return TrainState(params, bn_state, OPTIMIZER.init(params), jnp.zeros((), jnp.int32))
 
@@ -73,8 +73,10 @@ def by_path(train_state, mesh, specs_of_layers):
     return jax.tree_util.tree_map_with_path(put, train_state)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(
+    ("weights", "accumulate"),
+    by_day(itertools.product(WEIGHTS, (1, 2)), zip(WEIGHTS, (2, 1, 2, 1), strict=True)),
+)
 def test_a_perceptron_trains_as_on_one_device_and_its_state_stays_where_it_is(weights, accumulate):
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     network = networks.mlp((8, 16, 8, 2))

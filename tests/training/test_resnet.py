@@ -56,7 +56,7 @@ def test_it_learns_digits_and_its_running_statistics_serve_evaluation():
 
     rng = np.random.default_rng(0)
     with jax.numpy_dtype_promotion("standard"):  # optax's schedule relies on it
-        train_state = start(*network.init(jax.random.key(0)), optimizer)
+        train_state = start(*jax.jit(network.init)(jax.random.key(0)), optimizer)
         for _ in range(epochs):
             order = rng.permutation(len(y)).reshape(batches, batch_size)
             train_state, metrics = epoch(train_state, jnp.asarray(order, jnp.int32))
