@@ -28,8 +28,8 @@ _MET = "jbn: met\n"
 def watched(options: TrainOptions) -> int:
     """Trains in a child, and returns its exit code.
 
-    The child's stderr comes through this process. What JAX writes there before all have met is kept back, since its
-    reason is that they have not, which is one line here.
+    The child's stderr comes through this process: lines of the command line's own at once, all else at the end, and
+    only where it is not what JAX says of processes that are not there, which is one line here.
     """
     columns = str(shutil.get_terminal_size().columns)  # only its stdout is a terminal, and not the one to be asked
     child = start(
@@ -39,25 +39,26 @@ def watched(options: TrainOptions) -> int:
         encoding=sys.stderr.encoding,
         errors="replace",
     )
-    met, kept, code = False, "", None
+    met, own, others, code = False, "", "", None
     while code is None:
         try:
             for line in child.stderr or ():
                 if line == _MET:
                     met = True
-                elif met or line.startswith("jbn: "):
+                elif line.startswith("jbn: "):
+                    own += line
                     _pass_on(line)
                 else:
-                    kept += line
+                    others += line
             code = child.wait()
         except KeyboardInterrupt:
             child.send_signal((signal_seen() or signal.SIGINT) if os.name == "posix" else signal.SIGTERM)
     if signal_seen() and code in (1, -(signal_seen() or 0)):  # it came before the child could hear it
         raise KeyboardInterrupt
-    if code == 1:  # an error that nobody has foreseen
-        _pass_on(kept)
-    if code >= 0:
-        return code
+    if code in (0, 1) or (code < 0 and met and "coordination service" not in others):
+        _pass_on(others)
+    if code >= 0 or AGAIN in own:
+        return code if code >= 0 else 2
     if not met:
         raise BadInput(never_met(options))
     name = signal.Signals(-code).name
