@@ -172,7 +172,7 @@ def _shown(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
         if key == "seconds":
             yield from ((name, sorted(times)[len(times) // 2]) for name, times in value.items())
-        elif value and not isinstance(value, list | tuple) and key != "case":
+        elif (value and not isinstance(value, list | tuple | dict)) or (value and key == "errors"):
             yield key, value
 
 
@@ -211,15 +211,18 @@ def figure(**arguments: Any) -> tuple[Any, Any]:
     return plt.subplots(layout="constrained", **arguments)
 
 
-def bars(panel: Any, groups: Sequence[str], series: Mapping[str, Sequence[Any]], **style: Any) -> None:
+def bars(panel: Any, groups: Sequence[str], series: Mapping[str, Sequence[Any]], label_format: str = "") -> None:
     """Groups of horizontal bars from top to bottom, a bar of each series in each; a value may be a `Spread`."""
     height = 0.8 / len(series)
     for place, (label, values) in enumerate(series.items()):
         at = [line + (place - (len(series) - 1) / 2) * height for line in range(len(groups))]
         spreads = [value if isinstance(value, tuple) else (value, value, value) for value in values]
-        low, median, high = (list(each) for each in zip(*spreads, strict=True))
-        errors = [[m - q for m, q in zip(median, low, strict=True)], [q - m for m, q in zip(median, high, strict=True)]]
-        panel.barh(at, median, 0.9 * height, xerr=errors, label=label, **style)
+        errors = [[median - low for low, median, _ in spreads], [high - median for _, median, high in spreads]]
+        drawn = panel.barh(
+            at, [median for _, median, _ in spreads], 0.9 * height, xerr=None if label_format else errors, label=label
+        )
+        if label_format:
+            panel.bar_label(drawn, fmt=label_format, fontsize=7)
     panel.set_yticks(range(len(groups)), groups)
     if not panel.yaxis_inverted():
         panel.invert_yaxis()
