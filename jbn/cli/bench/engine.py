@@ -46,9 +46,9 @@ def interleave(
     """Times contestants (name → what makes its turn): in each round all take a turn, in random order.
 
     Args:
-        makers: each is called once, and its turn twice, to warm up and to see how long it takes.
+        makers: each is called once, and its turn to warm up, and once more to see how long it takes.
         rounds: how many; those that would begin after the deadline, but the first, are left out.
-        turn_seconds: how long a turn is, at least.
+        turn_seconds: how long a turn is, at least; 0 for one that is not repeated.
         order: where the order comes from.
         calls: how many calls are made each time that a turn is repeated.
         deadline: in the seconds of `time.perf_counter`.
@@ -64,7 +64,7 @@ def interleave(
         try:
             turn = make()
             turn(1)
-            turns[name], repeats[name] = turn, max(1, math.ceil(turn_seconds / turn(1)))
+            turns[name], repeats[name] = turn, math.ceil(turn_seconds / turn(1)) if turn_seconds else 1
         except expected as error:
             errors[name] = said(error)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
