@@ -21,7 +21,7 @@ import optax
 from hlo import facts
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from step import NORMS, absent, loss_fn
+from step import NORMS, loss_fn
 
 from jbn import networks
 from jbn.cli.bench.contestants import versions
@@ -75,13 +75,11 @@ def compiled(row: dict[str, Any], devices: list[Any], options: Any) -> dict[str,
 
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
-    run.skipped |= absent(options.contestants)
-    names = [name for name in options.contestants if NORMS[name].title not in run.skipped]
+    names = run.able(options.contestants if BESIDE in options.targets else ["jbn"], NORMS)
     run.versions |= versions(["optax"])
     for target in options.targets:
         devices = targets.compiler(run, *TARGETS[target])
         taking = [name for name in names if target == BESIDE or name == "jbn"] if devices else []
-        run.versions |= versions(NORMS[name].package for name in taking)
         for norm, remat in itertools.product(taking, (False, True)):
             row = {"target": target, "norm": norm, "remat": remat}
             yield harness.tried(row, partial(compiled, row, devices, options))

@@ -94,7 +94,7 @@ def eager(name: str, mode: str) -> Turn:
 
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
-    names, order = run.able(list(dict.fromkeys(("jbn", *options.contestants)))), random.Random(options.seed)
+    names, order = run.able(("jbn", *options.contestants)), random.Random(options.seed)
 
     def times(makers: dict[str, Any], turn_seconds: float = 0.0) -> dict[str, list[float]]:
         seconds, errors = interleave(makers, rounds=options.rounds, turn_seconds=turn_seconds, order=order)

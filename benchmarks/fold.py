@@ -7,27 +7,19 @@ Ratios are the time of the network over that of the folded one, round by round: 
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+from step import Case
 
 import jbn
 from jbn import networks
 from jbn.cli.bench.engine import Spread, Turn, interleave, ratios, spread, timed
-
-
-class Case(NamedTuple):
-    """A network, and the shape of its input."""
-
-    title: str
-    network: Callable[..., networks.Network]
-    shape: tuple[int, ...]
-
 
 MLP, DEEP = (784, 1024, 1024, 1024, 10), (64, *[128] * 12, 10)
 WIDE = (64, 128, 256)

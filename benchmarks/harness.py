@@ -40,11 +40,12 @@ class Run:
             found.setdefault(values if len(keys) > 1 else values[0], []).append(row)
         return found
 
-    def able(self, names: Sequence[str]) -> list[str]:
+    def able(self, names: Iterable[str], among: Mapping[str, Any] = CONTESTANTS) -> list[str]:
         """Those of the contestants that are installed; the others are skipped."""
-        absent = missing(names)
-        self.skipped |= {CONTESTANTS[name].title: why for name, why in absent.items()}
-        self.versions |= versions(CONTESTANTS[name].package for name in names if name not in absent)
+        names = list(dict.fromkeys(names))
+        absent = missing(names, among)
+        self.skipped |= {among[name].title: why for name, why in absent.items()}
+        self.versions |= versions(among[name].package for name in names if name not in absent)
         return [name for name in names if name not in absent]
 
     def heading(self, title: str) -> list[str]:
@@ -60,16 +61,13 @@ class Run:
 
 def machine() -> dict[str, Any]:
     """CPU model, cores, memory, system, load and date."""
-    model, memory = platform.processor() or platform.machine(), None
-    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        model = found[1]
-    if meminfo.exists() and (found := re.search(r"MemTotal:\s*(\d+) kB", meminfo.read_text())):
-        memory = round(int(found[1]) / 2**20, 1)
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return {
-        "cpu": model,
+        "cpu": found[1] if found else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": memory,
+        "memory_gib": round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -144,7 +144,7 @@ def picture(run: harness.Run) -> Any:
 
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
-    able = run.able(list(dict.fromkeys(("jbn", *options.contestants, "copy"))))
+    able = run.able(("jbn", *options.contestants, "copy"))
     order = random.Random(options.seed)
     with ExitStack() as stack:
         platform = jax.default_backend()

@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import harness
@@ -28,24 +27,23 @@ class Case(NamedTuple):
     """A network, and the shape of its batch."""
 
     title: str
-    network: str  # a name in jbn.networks
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    network: Any  # a partial of one of jbn.networks
     shape: tuple[int, ...]
     usual: bool = True  # whether it is run unless asked for; another is compiled once, not twice
 
 
-RESNET_50 = {"stem": "imagenet", "block": "bottleneck", "widths": (64, 128, 256, 512), "blocks": (3, 4, 6, 3)}
-
+RESNET_50 = partial(networks.resnet, 1000, **networks.imagenet(50))
 CASES = {
-    "resnet": Case("ResNet-20, batch 128 of 32×32×3", "resnet", (10,), {}, (128, 32, 32, 3)),
-    "mlp": Case("MLP 784-1024-1024-1024-10, batch 1024", "mlp", ((784, 1024, 1024, 1024, 10),), {}, (1024, 784)),
-    "resnet50": Case("ResNet-50, batch 4 of 224×224×3", "resnet", (1000,), RESNET_50, (4, 224, 224, 3), usual=False),
+    "resnet": Case("ResNet-20, batch 128 of 32×32×3", partial(networks.resnet, 10), (128, 32, 32, 3)),
+    "mlp": Case(
+        "MLP 784-1024-1024-1024-10, batch 1024", partial(networks.mlp, (784, 1024, 1024, 1024, 10)), (1024, 784)
+    ),
+    "resnet50": Case("ResNet-50, batch 4 of 224×224×3", RESNET_50, (4, 224, 224, 3), usual=False),
 }
 TINY = {
-    "resnet": Case("ResNet-8, batch 16 of 16×16×3", "resnet", (10,), {"blocks": 1}, (16, 16, 16, 3), usual=False),
-    "mlp": Case("MLP 64-64-64-10, batch 64", "mlp", ((64, 64, 64, 10),), {}, (64, 64), usual=False),
-    "resnet50": Case("ResNet-50, batch 2 of 64×64×3", "resnet", (1000,), RESNET_50, (2, 64, 64, 3), usual=False),
+    "resnet": Case("ResNet-8, batch 16 of 16×16×3", partial(networks.resnet, 10, blocks=1), (16, 16, 16, 3), False),
+    "mlp": Case("MLP 64-64-64-10, batch 64", partial(networks.mlp, (64, 64, 64, 10)), (64, 64), False),
+    "resnet50": Case("ResNet-50, batch 2 of 64×64×3", RESNET_50, (2, 64, 64, 3), False),
 }
 
 
@@ -109,12 +107,6 @@ NORMS = {
 }
 
 
-def absent(names: list[str]) -> dict[str, str]:
-    """Titles of those that cannot take part here, each with the reason."""
-    packages = {NORMS[name].title: NORMS[name].package for name in names}
-    return {title: f"{package} is not installed" for title, package in packages.items() if not find_spec(package)}
-
-
 def batch_of(case: Case, dtype: str) -> tuple[Any, Any]:
     keys = jax.random.split(jax.random.key(1))
     x = jax.random.normal(keys[0], case.shape, jnp.float32).astype(dtype)
@@ -129,10 +121,12 @@ class Step:
     """A compiled training step that runs on from where it stopped, with what its compiler said and its first loss."""
 
     def __init__(self, name: str, case: Case, dtype: str):
-        make = getattr(networks, case.network)
+        make = case.network
         if NORMS[name].flax:
-            from flax_resnet import network as make
-        network = make(*case.arguments, **case.options, **NORMS[name].options(), dtype=jnp.dtype(dtype))
+            from flax_resnet import network as flax_network
+
+            make = partial(flax_network, *make.args, **make.keywords)
+        network = make(**NORMS[name].options(), dtype=jnp.dtype(dtype))
         # So slow that it changes little: without a norm a deep network bears no more.
         optimizer = optax.sgd(1e-5, momentum=0.9)
         params, state = jax.jit(network.init)(jax.random.key(0))
@@ -209,10 +203,9 @@ def picture(run: harness.Run) -> Any:
 
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
-    run.skipped |= absent(options.contestants)
-    present = [name for name in NORMS if name in options.contestants and NORMS[name].title not in run.skipped]
-    packages = {NORMS[name].package for name in present if any(map(NORMS[name].runs, options.networks))}
-    run.versions |= versions([*sorted(packages), *(["torch"] if "torchvision" in packages else []), "optax"])
+    wanted = [name for name in NORMS if name in options.contestants and any(map(NORMS[name].runs, options.networks))]
+    present = run.able(wanted, NORMS)
+    run.versions |= versions(["optax", *(["torch"] if "torch" in present else [])])
     order = random.Random(options.seed)
     for dtype in options.dtypes:
         for network in options.networks:
@@ -241,7 +234,7 @@ def _measured(case, dtype, names, order, options):
     return {
         "title": case.title,
         "dtype": dtype,
-        "case": case._asdict(),
+        "shape": case.shape,
         "seconds": seconds,
         "temporaries": {name: step.temporaries for name, step in compiled.items()},
         "compilation": {name: float(f"{step.compilation:.4g}") for name, step in compiled.items()},

@@ -8,7 +8,7 @@ nothing here depends on them. All use ε = 1e-5 and give y in x's dtype.
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from importlib import import_module, metadata
@@ -82,9 +82,9 @@ class Contestant(NamedTuple):
     offset: float = 0.0  # mean of the data, in units of its standard deviation
 
 
-def missing(names: Iterable[str]) -> dict[str, str]:
+def missing(names: Iterable[str], among: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Those of the contestants that cannot take part here, each with the reason."""
-    packages = {name: CONTESTANTS[name].package for name in names}
+    packages = {name: (among or CONTESTANTS)[name].package for name in names}
     return {name: f"{package} is not installed" for name, package in packages.items() if not find_spec(package)}
 
 
