@@ -263,7 +263,7 @@ BAD_INPUT = {
     "as in --axis -1.",
     "--shape 4,8 --axis -3": "--axis: got -3 with --shape 4,8; expected -2 to 1; pass the axis of the features, "
     "as in --axis -1.",
-    "--axis last": "--axis: got last; expected a whole number; as in --axis -1.",
+    "--axis last": "--axis: got last; expected a whole number from -64 to 63; as in --axis -1.",
     "--dtype float64": "--dtype: got 'float64'; expected one of float32, bfloat16, float16; as in --dtype float32.",
     "--rounds 6": "--rounds: got 6; expected a whole number of at least 7; as in --rounds 11.",
 }
