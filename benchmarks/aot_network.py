@@ -17,15 +17,13 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from hlo import facts
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from step import NORMS, loss_fn
+from step import NORMS, training
 
 from jbn import networks
 from jbn.cli.bench.contestants import versions
-from jbn.training import TrainState, make_train_step
 
 SIZE, CLASSES = 224, 1000
 CHIPS = 256
@@ -51,21 +49,15 @@ def compiled(row: dict[str, Any], devices: list[Any], options: Any) -> dict[str,
     if row["target"] == "tpu256":
         mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Explicit,))
         over_batch, everywhere, images = NamedSharding(mesh, P("data")), NamedSharding(mesh, P()), images * CHIPS
-    norm, dtype = NORMS[row["norm"]].options(), jnp.dtype(options.dtype)
-    depth = networks.imagenet(options.depth)
-    network = networks.resnet(CLASSES, **depth, **norm, remat=row["remat"], dtype=dtype)
-    optimizer = optax.sgd(0.1, momentum=0.9)
-
-    def start(key):
-        params, state = network.init(key)
-        return TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
-
+    norm, depth = NORMS[row["norm"]].options(), networks.imagenet(options.depth)
+    start, step = training(
+        networks.resnet(CLASSES, **depth, **norm, remat=row["remat"], dtype=jnp.dtype(options.dtype)), 0.1
+    )
     with jax.default_device(jax.devices("cpu")[0]):
         train_state = jax.eval_shape(start, jax.random.key(0))
         train_state = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=everywhere), train_state)
         x = jax.ShapeDtypeStruct((images, SIZE, SIZE, 3), options.dtype, sharding=over_batch)
         y = jax.ShapeDtypeStruct((images,), "int32", sharding=over_batch)
-        step = jax.jit(make_train_step(network.apply, loss_fn, optimizer), donate_argnums=0)
         begun = time.process_time()
         program = step.lower(train_state, (x, y)).compile()
     taken = round(time.process_time() - begun, 1)  # seconds of the processor

@@ -113,8 +113,18 @@ def batch_of(case: Case, dtype: str) -> tuple[Any, Any]:
     return x, jax.random.randint(keys[1], case.shape[:1], 0, 10)
 
 
-def loss_fn(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y).mean()
+def training(network: networks.Network, lr: float) -> tuple[Callable[[jax.Array], TrainState], Any]:
+    """How training starts, from a key, and its step, under `jax.jit`."""
+    optimizer = optax.sgd(lr, momentum=0.9)
+
+    def start(key):
+        params, state = network.init(key)
+        return TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def loss_fn(outputs, y):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y).mean()
+
+    return start, jax.jit(make_train_step(network.apply, loss_fn, optimizer), donate_argnums=0)
 
 
 class Step:
@@ -126,18 +136,14 @@ class Step:
             from flax_resnet import network as flax_network
 
             make = partial(flax_network, *make.args, **make.keywords)
-        network = make(**NORMS[name].options(), dtype=jnp.dtype(dtype))
         # So slow that it changes little: without a norm a deep network bears no more.
-        optimizer = optax.sgd(1e-5, momentum=0.9)
-        params, state = jax.jit(network.init)(jax.random.key(0))
-        self._train_state = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
-        self._batch = batch_of(case, dtype)
-        step = jax.jit(make_train_step(network.apply, loss_fn, optimizer), donate_argnums=0)
+        start, step = training(make(**NORMS[name].options(), dtype=jnp.dtype(dtype)), 1e-5)
+        self._train_state, self._batch = jax.jit(start)(jax.random.key(0)), batch_of(case, dtype)
         for _ in range(2 if case.usual else 1):  # the first loads what is compiled with
             jax.clear_caches()
-            start = time.process_time()
+            begun = time.process_time()
             self._compiled = step.lower(self._train_state, self._batch).compile()
-            self.compilation = time.process_time() - start
+            self.compilation = time.process_time() - begun
         self.temporaries = self._compiled.memory_analysis().temp_size_in_bytes
         self.last_metrics: dict[str, Any] = {}
         self.first_loss = float(self())

@@ -61,11 +61,6 @@ class BenchOptions:
         return ",".join(map(str, self.shape))
 
     @property
-    def channels(self) -> int:
-        """C, the size of the feature axis."""
-        return self.shape[self.axis]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of x."""
         return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
