@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import random
+import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -300,3 +303,33 @@ class TestBadInput:
             "jbn: --shape: got 16,3,4; expected one that fits this device, which says of forward: "
             "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes; use a smaller batch.\n"
         )
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="the scripts are not here")
+class TestScripts:
+    def script(self, name, *arguments):
+        command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+        # They find each other in their own folder.
+        left_out = ("PYTHONSAFEPATH", "JAX_ENABLE_X64")
+        environment = {name: value for name, value in os.environ.items() if name not in left_out}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_results_of_before_are_still_read(self):
+        results = BENCHMARKS / "results"
+        files = [results / f"layer-2026-11-20{run}.json" for run in ("", "-run-2", "-run-3")]
+        assert self.script("median.py", *files) == (results / "layer-2026-11-20-median.md").read_text()
+
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("name", ["layer", "step", "costs", "accuracy", "fold"])
+    def test_a_smoke_run_leaves_its_files(self, name, tmp_path):
+        few = () if name == "fold" else ("--contestants", "jbn,linen")
+        self.script(f"{name}.py", "--quick", "--out", tmp_path, *few)
+        record = json.loads((tmp_path / f"{name}-quick.json").read_text())
+        assert record["rows"]
+        assert record["versions"]["jax"] in (tmp_path / f"{name}-quick.md").read_text()
