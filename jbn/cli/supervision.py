@@ -43,7 +43,7 @@ def watched(options: TrainOptions) -> int:
     while code is None:
         try:
             for line in child.stderr or ():
-                if line == _MET:
+                if line.endswith(_MET):
                     met = True
                 elif line.startswith("jbn: "):
                     own += line
