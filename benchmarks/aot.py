@@ -20,7 +20,7 @@ from hlo import facts
 from jbn.cli.bench.contestants import CONTESTANTS, IN_JAX, Case
 
 TARGETS = {"tpu": ("TPU v5e", "v5e:2x2"), "gpu": ("GPU H100", "gpu")}
-# In the second, g is an input beside x, and the compiler may make dx in the kernel that makes y. In a network
+# In the second, g is an input beside x, and the compiler may make y in the kernel that makes dx. In a network
 # g comes after y: the third has a barrier between forward and backward, and updates the running statistics.
 PROGRAMS = ("forward", "forward+backward", "training step", "conv+BN+relu+conv")
 USUAL = ("jbn", "linen", "linen_two_pass", "plain", "jbn_masked", "linen_masked")
