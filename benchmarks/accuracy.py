@@ -5,16 +5,17 @@ float64 on that x. The figure is that of the worst channel: of var |v−v₆₄|
 the error over the norm of the true values (dγ: over that of one channel's value, |dγ₆₄|).
 """
 
-import dataclasses
-import datetime
-import importlib.metadata
-import sys
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import harness
+import jax
+import jax.numpy as jnp
+import ml_dtypes  # comes with JAX
 import numpy as np
-from contestants import CONTESTANTS, EPS, Case, installed
-from worker import PACKAGES
+
+from jbn.cli.bench.contestants import CONTESTANTS, EPS, IN_JAX, Case
 
 QUANTITIES = ("var", "y", "dx", "dgamma")
 SHAPE = (64, 8, 8, 64)  # 4096 values a channel
@@ -46,8 +47,6 @@ def data(dtype: str, offset: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rounded(values, dtype):
-    import ml_dtypes  # comes with JAX
-
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     return values.astype(np.float32).astype(kind).astype(np.float64)
 
@@ -66,10 +65,7 @@ def truth(x: np.ndarray, g: np.ndarray) -> Values:
 
 
 def of_jax(name: str, dtype: str, x: np.ndarray, g: np.ndarray) -> Values:
-    import jax
-    import jax.numpy as jnp
-
-    case = Case(SHAPE, -1, dtype, "forward+backward", 1)
+    case = Case(SHAPE, -1, dtype, "forward+backward")
     layer = CONTESTANTS[name].build(case, 0.0)
 
     @jax.jit
@@ -98,98 +94,77 @@ def of_torch(name: str, dtype: str, x: np.ndarray, g: np.ndarray) -> Values:
     return Values(*(v.double().numpy() for v in arrays))
 
 
-def errors(got: Values, true: Values) -> dict[str, float]:
-    """The worst channel's relative error of each quantity; infinite where something is not finite."""
+def errors(got: Values, true: Values) -> dict[str, float | None]:
+    """The worst channel's relative error of each quantity; None where something is not finite."""
 
     def worst(values, expected):
         axes = tuple(range(values.ndim - 1))
         with np.errstate(all="ignore"):
             error = np.sqrt(np.square(values - expected).sum(axes) / np.square(expected).sum(axes))
-        return float(np.max(np.where(np.isfinite(error), error, np.inf)))
+        return float(np.max(error)) if np.isfinite(error).all() else None
 
     return {name: worst(getattr(got, name), getattr(true, name)) for name in QUANTITIES}
 
 
-@dataclasses.dataclass
-class Row:
-    dtype: str
-    offset: float  # mean/std
-    contestant: str
-    errors: dict[str, float]
-
-
-def measure(names: list[str], dtypes: list[str], offsets: list[float]) -> tuple[list[Row], list[str]]:
-    rows, notes = [], []
-    for dtype in dtypes:
-        for offset in offsets:
+def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
+    names = run.able(options.contestants)
+    for dtype in options.dtypes:
+        for offset in (1.0, 1e4) if options.quick else [m * 10.0**d for d in range(7) for m in (1, 3)][:-1]:
             if offset > LARGEST[dtype]:
                 continue
             x, g = data(dtype, offset)
             true = truth(x, g)
             for name in names:
-                try:
-                    of = of_jax if CONTESTANTS[name].engine == "jax" else of_torch
-                    rows.append(Row(dtype, offset, name, errors(of(name, dtype, x, g), true)))
-                except Exception as error:
-                    note = f"{CONTESTANTS[name].title}, {dtype}: {type(error).__name__}: {str(error)[:200]}"
-                    if note not in notes:
-                        notes.append(note)
-                        print(note, file=sys.stderr)
-            print(f"{dtype} mean/std {offset:g}", flush=True)
-    return rows, notes
+                found = partial(of_torch if name == "torch" else of_jax, name, dtype, x, g)
+                row = {"dtype": dtype, "offset": offset, "contestant": name}  # offset: mean/std
+                yield harness.tried(row, lambda found=found, true=true: {"errors": errors(found(), true)})
 
 
-def page(rows: list[Row], line: str, notes: list[str]) -> str:
+def page(run: harness.Run) -> str:
     parts = [
-        "# Error against float64",
-        line,
+        *run.heading("Error against float64"),
         f"x is {'×'.join(map(str, SHAPE))}, γ = 1, β = 0; the worst of {SHAPE[-1]} channels, relative. The "
         "plain formula in NumPy float64 on the same rounded x is the truth.",
-        *notes,
+        *dict.fromkeys(f"{_title(row)}, {row['dtype']}: {row['error']}" for row in run.rows if row["error"]),
     ]
-    for dtype in dict.fromkeys(row.dtype for row in rows):
+    for dtype, rows in run.by("dtype").items():
+        offsets = list(dict.fromkeys(row["offset"] for row in rows))
+        found: dict[str, dict[float, dict[str, Any]]] = {}
+        for row in rows:
+            found.setdefault(_title(row), {})[row["offset"]] = row.get("errors", {})
         for quantity in QUANTITIES:
-            chosen = [row for row in rows if row.dtype == dtype]
-            offsets = list(dict.fromkeys(row.offset for row in chosen))
-            found = {(row.contestant, row.offset): row.errors[quantity] for row in chosen}
-            names = list(dict.fromkeys(row.contestant for row in chosen))
-            parts += [
-                f"## {quantity}, {dtype}",
-                harness.markdown_table(
-                    ["mean/std", *(f"{o:g}" for o in offsets)],
-                    [
-                        [
-                            CONTESTANTS[n].title,
-                            *(f"{found[n, o]:.0e}" if (n, o) in found else "–" for o in offsets),
-                        ]
-                        for n in names
-                    ],
-                ),
-            ]
+            cells = [[title, *(_cell(of.get(o, {}), quantity) for o in offsets)] for title, of in found.items()]
+            header = ["mean/std", *(f"{o:g}" for o in offsets)]
+            parts += [f"## {quantity}, {dtype}", harness.table(header, cells)]
     return "\n\n".join(parts)
 
 
-def picture(rows: list[Row]) -> Any:
+def _title(row):
+    return CONTESTANTS[row["contestant"]].title
+
+
+def _cell(errors, quantity):
+    error = errors.get(quantity, "–")
+    return error if error == "–" else "inf" if error is None else f"{error:.0e}"
+
+
+def picture(run: harness.Run) -> Any:
     """Error over mean/std on log-log axes, a panel for each dtype and quantity."""
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    names = list(dict.fromkeys(row.contestant for row in rows))
-    figure, axes = harness.figure(
-        nrows=len(dtypes),
-        ncols=len(QUANTITIES),
-        figsize=(4 * len(QUANTITIES), 3.6 * len(dtypes)),
-        squeeze=False,
-    )
+    dtypes, names = run.by("dtype"), list(run.by("contestant"))
+    size = (4 * len(QUANTITIES), 3.6 * len(dtypes))
+    figure, axes = harness.figure(nrows=len(dtypes), ncols=len(QUANTITIES), figsize=size, squeeze=False)
     for line, dtype in enumerate(dtypes):
-        for column, quantity in enumerate(QUANTITIES):
-            panel = axes[line, column]
-            for place, name in enumerate(names):
-                chosen = [row for row in rows if (row.dtype, row.contestant) == (dtype, name)]
+        for panel, quantity in zip(axes[line], QUANTITIES, strict=True):
+            for (of, name), rows in run.by("dtype", "contestant").items():
+                if of != dtype:
+                    continue
+                measured = [row for row in rows if not row["error"] and row["errors"][quantity] is not None]
                 panel.loglog(
-                    [row.offset for row in chosen],
-                    [max(row.errors[quantity], 1e-9) for row in chosen],
-                    color="k" if name == "jbn" else f"C{place}",
+                    [row["offset"] for row in measured],
+                    [max(row["errors"][quantity], 1e-9) for row in measured],
+                    color="k" if name == "jbn" else f"C{names.index(name)}",
                     linewidth=2.5 if name == "jbn" else 1.2,
-                    marker="o" if name == "jbn" else "os^vDP*X"[place % 8],
+                    marker="o" if name == "jbn" else "os^vDP*X"[names.index(name) % 8],
                     markersize=4,
                     zorder=3 if name == "jbn" else 2,
                     label=CONTESTANTS[name].title,
@@ -198,54 +173,16 @@ def picture(rows: list[Row]) -> Any:
             panel.set(title=f"{quantity}, {dtype}", xlabel="mean/std")
             panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("relative error, worst channel")
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(names), fontsize=9)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=9)
     return figure
 
 
-def _finite(row):
-    """JSON knows no infinity: null."""
-    row["errors"] = {name: value if np.isfinite(value) else None for name, value in row["errors"].items()}
-    return row
-
-
-def main() -> None:
-    options = harness.parser(__doc__)
-    listed = harness.comma_separated
-    options.add_argument("--contestants", type=listed(CONTESTANTS), default=list(USUAL), help=", ".join(CONTESTANTS))
-    options.add_argument("--dtypes", type=listed(LARGEST), default=list(LARGEST))
-    options = options.parse_args()
-    decades = range(7)
-    offsets = [1.0, 1e4] if options.quick else [m * 10.0**d for d in decades for m in (1, 3)][:-1]
-    dtypes = options.dtypes[:1] if options.quick else options.dtypes
-    names = [name for name in options.contestants if installed(name)]
-    skipped = [
-        f"Skipped: {CONTESTANTS[n].title}, {CONTESTANTS[n].package} is not installed."
-        for n in options.contestants
-        if n not in names
-    ]
-    about = harness.machine()
-    rows, notes = measure(names, dtypes, offsets)
-    versions = {}
-    for package in (*PACKAGES["jax"], *PACKAGES["torch"]):
-        if package in {d.metadata["Name"] for d in importlib.metadata.distributions()}:
-            versions[package] = importlib.metadata.version(package)
-    import jax
-
-    device = jax.devices()[0]
-    line = harness.machine_line({**about, "load_at_start": None}, versions, f"{device.platform}: {device.device_kind}")
-    text = page(rows, line, skipped + notes)
-    print("\n" + text)
-    record = {
-        "about": about,
-        "versions": versions,
-        "shape": SHAPE,
-        "notes": skipped + notes,
-        "rows": [_finite(dataclasses.asdict(row)) for row in rows],
-    }
-    stem = "accuracy-quick" if options.quick else f"accuracy-{datetime.date.today().isoformat()}"
-    print("\nwritten:", *harness.write(options.out, stem, record, text, picture(rows)))
-
-
 if __name__ == "__main__":
-    main()
+    harness.main(
+        __doc__,
+        measure,
+        page,
+        picture,
+        lists={"contestants": ([*IN_JAX, "torch"], USUAL), "dtypes": (LARGEST, LARGEST)},
+        quick={"dtypes": 1},
+    )

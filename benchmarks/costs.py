@@ -6,59 +6,43 @@ the clock; every turn compiles anew. Eager calls are training and evaluation ste
 of a `jax.vjp`, in bytes over those of x.
 """
 
-import dataclasses
-import importlib.metadata
 import itertools
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import harness
-from contestants import CONTESTANTS, Case, installed
+import jax
+import jax.numpy as jnp
+
+from jbn.cli.bench.contestants import CONTESTANTS, IN_JAX, PASSES, Case, Layer, missing
+from jbn.cli.bench.engine import Turn, interleave, ratios, spread, timed
 
 LAYERS = 20
 SHAPE = (32, 28, 28, 64)  # of the data that compilation is for
 EAGER = (32, 64)  # small, so that the call is all that costs
-NAMES = ("jbn", "linen", "plain")
 LIMIT_MS = 50  # for the import
-
-_IMPORT = """
-import time, {first}
-start = time.perf_counter()
-import {second}
-print(time.perf_counter() - start)
-"""
+STAGES = ("trace", "lower", "compile")
+IMPORTS = {"jax": ("time", "jax"), "jbn": ("jax", "jbn"), "linen": ("jax", "flax.linen")}
 
 
-def importing(first: str, second: str) -> float:
-    """Seconds that the import of ``second`` takes, in a process that has imported ``first``."""
-    code = _IMPORT.format(first=first, second=second)
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def importing(first: str, second: str) -> Turn:
+    """The import of ``second``, in a process that has imported ``first``."""
+    code = f"import time, {first}; start = time.perf_counter(); import {second}; print(time.perf_counter() - start)"
+    return lambda repeats: float(subprocess.check_output([sys.executable, "-c", code]))
 
 
-def imports(rounds: int, order: random.Random) -> dict[str, list[float]]:
-    """Milliseconds, after jax; the first round fills the disk's cache."""
-    pairs = {"jax": ("time", "jax"), "jbn": ("jax", "jbn"), "linen": ("jax", "flax.linen")}
-    names = [name for name in pairs if name == "jax" or installed(name)]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        order.shuffle(names)
-        for name in names:
-            taken = importing(*pairs[name])
-            if turn:
-                times[name].append(1e3 * taken)
-    return times
+def layer_of(name: str, dtype: str) -> Layer:
+    return CONTESTANTS[name].build(Case(SHAPE, -1, dtype, "forward+backward"), 0.9)
 
 
-def stack(name: str, dtype: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Gradient of 20 layers with relu: ``f(params, states, x)``, and its arguments."""
-    import jax
-    import jax.numpy as jnp
-
-    layer = CONTESTANTS[name].build(Case(SHAPE, -1, dtype, "forward+backward", 1), 0.9)
+def compiling(name: str, dtype: str, stages: list[list[float]]) -> Turn:
+    """Compiles the gradient of 20 layers with relu; appends the processor seconds of each stage."""
+    layer = layer_of(name, dtype)
 
     def loss(params, states, x):
         news = []
@@ -68,57 +52,36 @@ def stack(name: str, dtype: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
             news.append(new)
         return jnp.mean(jnp.square(x.astype(jnp.float32))), news
 
-    gradient = jax.grad(loss, argnums=(0, 2), has_aux=True)
-    return gradient, ([layer.params] * LAYERS, [layer.state] * LAYERS, jnp.ones(SHAPE, dtype))
+    arguments = [layer.params] * LAYERS, [layer.state] * LAYERS, jnp.ones(SHAPE, dtype)
 
+    def turn(repeats):
+        jax.clear_caches()
+        times = [time.process_time()]
+        traced = jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True)).trace(*arguments)
+        times.append(time.process_time())
+        lowered = traced.lower()
+        times.append(time.process_time())
+        lowered.compile()
+        times.append(time.process_time())
+        stages.append([b - a for a, b in itertools.pairwise(times)])
+        return times[-1] - times[0]
 
-def compiling(name: str, dtype: str) -> dict[str, float]:
-    """Processor seconds of each stage."""
-    import jax
-
-    jax.clear_caches()
-    gradient, arguments = stack(name, dtype)
-    times = [time.process_time()]
-    traced = jax.jit(gradient).trace(*arguments)
-    times.append(time.process_time())
-    lowered = traced.lower()
-    times.append(time.process_time())
-    lowered.compile()
-    times.append(time.process_time())
-    stages = dict(zip(("trace", "lower", "compile"), (b - a for a, b in itertools.pairwise(times)), strict=True))
-    return stages | {"all": times[-1] - times[0]}
-
-
-def compilations(dtype: str, names: list[str], rounds: int, order: random.Random) -> dict[str, dict[str, list[float]]]:
-    """Stage → contestant → seconds in each round."""
-    names, seconds = list(names), {}
-    for turn in range(rounds + 1):
-        order.shuffle(names)
-        for name in names:
-            for stage, taken in compiling(name, dtype).items():
-                if turn:  # the first loads what is compiled with
-                    seconds.setdefault(stage, {}).setdefault(name, []).append(taken)
-    return seconds
+    return turn
 
 
 def kept(name: str, dtype: str) -> float:
     """Bytes of all that one training-mode layer keeps for backward, over those of x."""
-    import jax
-
-    layer = CONTESTANTS[name].build(Case(SHAPE, -1, dtype, "forward+backward", 1), 0.9)
+    layer = layer_of(name, dtype)
     x = jax.random.normal(jax.random.key(0), SHAPE, dtype)
     _, pullback, _ = jax.vjp(lambda p, x: layer.apply(p, layer.state, x), layer.params, x, has_aux=True)
     arrays = {id(leaf): leaf for leaf in jax.tree.leaves(pullback)}
     return sum(leaf.nbytes for leaf in arrays.values()) / x.nbytes
 
 
-def eager(name: str, case: dict[str, Any]) -> Callable[[], Any]:
+def eager(name: str, mode: str) -> Turn:
     """A step without jit, and waiting for it."""
-    import jax
-
-    case = Case(**case)
-    layer = CONTESTANTS[name].build(case, 0.9)
-    x = jax.random.normal(jax.random.key(0), case.shape)
+    layer = CONTESTANTS[name].build(Case(EAGER, -1, "float32", mode), 0.9)
+    x = jax.random.normal(jax.random.key(0), EAGER)
 
     def forward():
         return jax.block_until_ready(layer.apply(layer.params, layer.state, x))
@@ -127,146 +90,95 @@ def eager(name: str, case: dict[str, Any]) -> Callable[[], Any]:
         y, pullback, state = jax.vjp(lambda p, x: layer.apply(p, layer.state, x), layer.params, x, has_aux=True)
         return jax.block_until_ready((pullback(y), state))
 
-    return forward_and_backward if case.mode == "forward+backward" else forward
+    return timed(forward_and_backward if mode == "forward+backward" else forward)
 
 
-@dataclasses.dataclass
-class Run(harness.Run):
-    """All that was measured."""
+def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
+    names, order = run.able(("jbn", *options.contestants)), random.Random(options.seed)
 
-    imports: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # ms
-    compilation: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype → stage → name → s of processor
-    kept: dict[str, Any] = dataclasses.field(default_factory=dict)  # dtype → name → bytes over those of x
-    eager: dict[str, Any] = dataclasses.field(default_factory=dict)  # mode → name → s
+    def times(makers: dict[str, Any], turn_seconds: float = 0.0) -> dict[str, list[float]]:
+        seconds, errors = interleave(makers, rounds=options.rounds, turn_seconds=turn_seconds, order=order)
+        for name, error in errors.items():
+            print(f"{name}: {error}", file=sys.stderr)
+        return seconds
+
+    able = [name for name in IMPORTS if name == "jax" or not missing([name])]
+    imports = {f"import {name}": partial(importing, *IMPORTS[name]) for name in able}
+    yield {"part": "import", "of": "", "seconds": times(imports)}
+    for dtype in options.dtypes:
+        stages: dict[str, list[list[float]]] = {name: [] for name in names}
+        seconds = times({name: partial(compiling, name, dtype, stages[name]) for name in names})
+        medians = {
+            # Without those of the turn that warms up.
+            name: dict(zip(STAGES, (spread(each).median for each in zip(*taken[1:], strict=True)), strict=True))
+            for name, taken in stages.items()
+        }
+        yield {"part": "compilation", "of": dtype, "seconds": seconds, "stages": medians}
+        yield {"part": "kept", "of": dtype, "over_x": {name: float(f"{kept(name, dtype):.4g}") for name in names}}
+    for mode in PASSES:
+        seconds = times({name: partial(eager, name, mode) for name in names}, options.turn)
+        yield {"part": "eager", "of": mode, "seconds": seconds}
 
 
-def page(run: Run) -> str:
+def page(run: harness.Run) -> str:
+    (imports,), compilation, kept, eager = run.by("part").values()
     parts = [
-        "# Around the layer",
-        harness.machine_line(run.about, run.versions, run.device),
+        *run.heading("Around the layer"),
         f"Medians (and quartiles) of {run.settings['rounds']} rounds in random order. Times over those of jbn are "
         "taken round by round: above 1, the contestant is slower.",
-        *(f"Skipped: {CONTESTANTS[name].title}, {why}." for name, why in run.skipped.items()),
         "## Import",
         f"In a fresh process, after jax; the goal is less than {LIMIT_MS} ms.",
-        harness.markdown_table(
-            ["", "ms"], [[f"import {name}", harness.spread(ms).text(1)] for name, ms in run.imports.items()]
-        ),
+        harness.table(["", "ms"], [[name, _ms(times).text(1)] for name, times in imports["seconds"].items()]),
         f"## Compilation of {LAYERS} layers with relu and their gradient",
         "Processor seconds of all threads: tracing and lowering in Python, then XLA. The goal is no more than linen's.",
     ]
-    for dtype, stages in run.compilation.items():
-        rows = [
+    for row in compilation:
+        lines = [
             [
-                _title(name),
-                *(f"{harness.spread(stages[stage][name]).median:.2f}" for stage in stages),
-                _ratio(stages["all"], name),
+                CONTESTANTS[name].title,
+                *(f"{row['stages'][name][stage]:.2f}" for stage in STAGES),
+                f"{spread(times).median:.2f}",
+                _ratio(row, name),
             ]
-            for name in stages["all"]
+            for name, times in row["seconds"].items()
         ]
-        parts += [f"### {dtype}", harness.markdown_table(["", *stages, "time / jbn"], rows)]
-    names = next(iter(run.kept.values()))
-    parts += [
-        "## Kept for backward",
-        f"Bytes over those of x, {'×'.join(map(str, SHAPE))}.",
-        harness.markdown_table(
-            ["", *run.kept],
-            [[_title(name), *(f"{of[name]:.3f}" for of in run.kept.values())] for name in names],
-        ),
+        parts += [f"### {row['of']}", harness.table(["", *STAGES, "all", "time / jbn"], lines)]
+    over_x = [[CONTESTANTS[name].title, *(f"{row['over_x'][name]:.3f}" for row in kept)] for name in kept[0]["over_x"]]
+    calls = [
+        [
+            CONTESTANTS[name].title,
+            *(cell for row in eager for cell in (f"{1e3 * _ms(row['seconds'][name]).median:.0f}", _ratio(row, name))),
+        ]
+        for name in eager[0]["seconds"]
     ]
-    parts += ["## Eager calls", f"x is {'×'.join(map(str, EAGER))}. The goal is no more than linen's."]
-    parts.append(
-        harness.markdown_table(
-            ["", *(f"{mode}{unit}" for mode in run.eager for unit in (", µs", ", time / jbn"))],
-            [
-                [
-                    _title(name),
-                    *(
-                        cell
-                        for times in run.eager.values()
-                        for cell in (f"{1e6 * harness.spread(times[name]).median:.0f}", _ratio(times, name))
-                    ),
-                ]
-                for name in next(iter(run.eager.values()))
-            ],
-        )
+    return "\n\n".join(
+        [
+            *parts,
+            "## Kept for backward",
+            f"Bytes over those of x, {'×'.join(map(str, SHAPE))}.",
+            harness.table(["", *(row["of"] for row in kept)], over_x),
+            "## Eager calls",
+            f"x is {'×'.join(map(str, EAGER))}. The goal is no more than linen's.",
+            harness.table(["", *(row["of"] + unit for row in eager for unit in (", µs", ", time / jbn"))], calls),
+        ]
     )
-    return "\n\n".join(parts)
 
 
-def _title(name):
-    return CONTESTANTS[name].title
+def _ms(seconds):
+    return spread(1e3 * each for each in seconds)
 
 
-def _ratio(times, name):
-    return harness.spread(harness.ratios(times[name], times["jbn"])).text()
-
-
-def measure(options: Any) -> Run:
-    wanted = ["jbn", *(name for name in options.contestants if name != "jbn")]
-    skipped = {name: f"{CONTESTANTS[name].package} is not installed" for name in wanted if not installed(name)}
-    names = [name for name in wanted if name not in skipped]
-    about, order = harness.machine(), random.Random(options.seed)
-    # Before jax starts threads in this process.
-    found = imports(options.rounds, order)
-    _tell("import", {name: harness.spread(ms).text(1) for name, ms in found.items()})
-    import jax
-
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "jbn")}
-    if "flax" in {CONTESTANTS[name].package for name in names}:
-        versions["flax"] = importlib.metadata.version("flax")
-    device = jax.devices()[0]
-    settings = {
-        "rounds": options.rounds,
-        "seed": options.seed,
-        "quick": options.quick,
-        "layers": LAYERS,
-        "shape": SHAPE,
-    }
-    run = Run(about, versions, f"{device.platform}: {device.device_kind}", settings, skipped, imports=found)
-    for dtype in options.dtypes:
-        run.compilation[dtype] = compilations(dtype, names, options.rounds, order)
-        total = run.compilation[dtype]["all"]
-        _tell(f"compile {dtype}", {name: _ratio(total, name) for name in total})
-        run.kept[dtype] = {name: float(f"{kept(name, dtype):.4g}") for name in names}
-        _tell(f"kept {dtype}", run.kept[dtype])
-    engines = {"here": harness.Here(eager)}
-    for mode in ("forward", "forward+backward", "evaluation"):
-        case = Case(EAGER, -1, "float32", mode, 1)._asdict()
-        here = dict.fromkeys(names, "here")
-        seconds, errors = harness.interleave(
-            engines, here, case, rounds=options.rounds, turn_seconds=options.turn, order=order
-        )
-        for name, error in errors.items():
-            print(f"{name}, eager {mode}: {error}", file=sys.stderr)
-        run.eager[mode] = {name: seconds[name] for name in names if name in seconds}
-        _tell(f"eager {mode}", {name: _ratio(run.eager[mode], name) for name in run.eager[mode]})
-    return run
-
-
-def _tell(what, values):
-    print(f"{what}: " + "  ".join(f"{name} {value}" for name, value in values.items()), flush=True)
-
-
-def arguments() -> Any:
-    options = harness.parser(__doc__, rounds=9, turn=0.05)
-    listed = harness.comma_separated
-    jax_only = [name for name in CONTESTANTS if CONTESTANTS[name].engine == "jax"]
-    options.add_argument("--contestants", type=listed(jax_only), default=list(NAMES), help=", ".join(jax_only))
-    options.add_argument("--dtypes", type=listed(("float32", "bfloat16", "float16")), default=["float32", "bfloat16"])
-    options = options.parse_args()
-    if options.quick:
-        options.dtypes, options.rounds = options.dtypes[:1], 2
-    return options
-
-
-def main() -> None:
-    options = arguments()
-    run = measure(options)
-    print("\n" + page(run))
-    stem = harness.stem("costs", run.device, run.about["date"], quick=run.settings["quick"])
-    print("\nwritten:", *harness.write(options.out, stem, dataclasses.asdict(run), page(run)), flush=True)
+def _ratio(row, name):
+    return spread(ratios(row["seconds"][name], row["seconds"]["jbn"])).text()
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(
+        __doc__,
+        measure,
+        page,
+        rounds=9,
+        turn=0.05,
+        lists={"contestants": (IN_JAX, ("jbn", "linen", "plain")), "dtypes": (harness.DTYPES, harness.DTYPES[:2])},
+        quick={"dtypes": 1, "rounds": 2},
+    )

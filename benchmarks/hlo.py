@@ -9,9 +9,12 @@ with S(n), n > 0) and workspaces (u8) count nothing.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
 _FREE = {
     "parameter",
     "constant",
@@ -77,6 +80,21 @@ class Program:
             elif instruction.op in ("call", "while"):
                 yield from self.on_the_way(_CALLED.findall(instruction.attributes)[-1])
 
+    def received(self, chips: int) -> tuple[dict[str, int], float]:
+        """Collectives by kind, and the bytes that each chip receives; an asynchronous one is counted where it ends."""
+        kinds, total = Counter[str](), 0.0
+        for instruction in self.on_the_way():
+            op = instruction.op.removesuffix("-done")
+            if op in COLLECTIVES:
+                kinds[op] += 1
+                passes = 2 if op == "all-reduce" else 1  # a reduce-scatter and an all-gather
+                total += passes * bytes_of(instruction.type, everywhere=True) * (chips - 1) / chips
+            elif op == "reduce-scatter":
+                raise ValueError(
+                    f"text: got {op}; expected one of {', '.join(COLLECTIVES)}; say here what it delivers."
+                )
+        return dict(kinds), total
+
     def _cost(self, name: str) -> Cost:
         computation = self.computations[name]
         return sum((self._of(i, computation) for i in computation.values()), Cost(0, 0))
@@ -122,6 +140,24 @@ class Program:
         if users and all(i.op in _SLICES and i.operands[0] == parameter for i in users):
             return sum(bytes_of(i.type, everywhere=True) for i in users)
         return size
+
+
+def facts(compiled: Any, dump: Path | None, name: str) -> tuple[dict[str, Any], Program]:
+    """What is known of a compiled program; its text goes to a file of that name, if there is a folder to dump it in."""
+    text, reported = compiled.as_text(), compiled.cost_analysis() or {}
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        (dump / f"{name}.txt").write_text(text)
+    program = Program(text)
+    touched, kernels = program.cost()
+    known = {
+        "bytes": touched,  # of all kernels' operands and results
+        "reported": reported.get("bytes accessed"),  # the compiler's own, of a TPU
+        "kernels": kernels,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "flops": reported.get("flops"),
+    }
+    return known, program
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -3,13 +3,19 @@
 Ratios are a contestant's time over that of jbn, round by round: above 1, the contestant is slower.
 """
 
-import dataclasses
 import random
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import harness
-from contestants import CONTESTANTS, FAR, MODES, Case, installed
+import jax
+
+from jbn.cli.bench.contestants import CONTESTANTS, FAR, PASSES, Case
+from jbn.cli.bench.engine import Spread, interleave, ratios, spread
+from jbn.cli.bench.in_jax import jax_turn
+from jbn.cli.bench.torch_process import torch_process
 
 # The shapes of a ResNet and of wide and narrow dense layers, with the feature axis.
 SHAPES = (
@@ -22,235 +28,167 @@ SHAPES = (
     ((8, 112, 112, 64), -1),
     ((32, 64, 56, 56), 1),
 )
-# Reads and writes of x that nothing can avoid; for forward+backward those of g, y and dx as well.
-PASSES = {"forward": 3, "forward+backward": 8, "evaluation": 2}
 RIVALS = ("nnx", "haiku", "equinox", "keras")
-USUAL = (
-    "jbn",
-    "jbn_far",
-    "linen",
-    "linen_two_pass",
-    "nnx",
-    "haiku",
-    "equinox",
-    "keras",
-    "torch",
-    "torch_tuned",
-)
+USUAL = ("jbn", "jbn_far", "linen", "linen_two_pass", *RIVALS, "torch", "torch_tuned")
 
 
-class Run(harness.Run):
-    """A run whose rows are of one shape, dtype and mode each."""
+class Row(dict[str, Any]):
+    """The times of one shape, dtype and mode."""
 
-    def select(self, dtype: str, mode: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if (row["dtype"], row["mode"]) == (dtype, mode)]
-
-    def groups(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys((row["dtype"], row["mode"]) for row in self.rows))
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(name for row in self.rows for name in row["seconds"]))
+    def relative(self, name: str) -> list[float] | None:
+        """Time over that of jbn for each round; for "floor", jbn's time over that of bare copies."""
+        seconds = self["seconds"]
+        if name == "floor":
+            return ratios(seconds["jbn"], [t * PASSES[self["mode"]] / 2 for t in seconds["copy"]])
+        return ratios(seconds[name], seconds["jbn"]) if name in seconds else None
 
 
-def relative(row: dict[str, Any], name: str) -> list[float] | None:
-    """Time over that of jbn for each round; for "floor", jbn's time over that of bare copies."""
-    seconds = row["seconds"]
-    if name == "floor":
-        copy = [t * PASSES[row["mode"]] / 2 for t in seconds["copy"]]
-        return harness.ratios(seconds["jbn"], copy)
-    return harness.ratios(seconds[name], seconds["jbn"]) if name in seconds else None
+def groups(run: harness.Run) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each dtype and mode."""
+    return {group: list(map(Row, rows)) for group, rows in run.by("dtype", "mode").items()}
 
 
-def overall(rows: list[dict[str, Any]], name: str) -> harness.Spread | None:
+def names(run: harness.Run) -> list[str]:
+    """What is compared with jbn, and the floor."""
+    found = dict.fromkeys(name for row in run.rows for name in row["seconds"])
+    return [name for name in found if name not in ("jbn", "copy")] + ["floor"]
+
+
+def overall(rows: list[Row], name: str) -> Spread | None:
     """Geometric mean over the shapes, with the spread of its rounds; None unless it ran on all of them."""
-    columns = [relative(row, name) for row in rows]
-    return None if not columns or None in columns else harness.spread(harness.geomeans(columns))
+    columns = [values for row in rows if (values := row.relative(name)) is not None]
+    return spread(map(harness.geomean, zip(*columns, strict=True))) if len(columns) == len(rows) else None
 
 
 def title(name: str) -> str:
     return "jbn / copy floor" if name == "floor" else CONTESTANTS[name].title
 
 
-def page(run: Run) -> str:
-    names = [name for name in run.names() if name not in ("jbn", "copy")]
-    groups = run.groups()
+def page(run: harness.Run) -> str:
+    compared, found = names(run), groups(run)
     parts = [
-        "# One batch norm layer",
-        harness.machine_line(run.about, run.versions, run.device),
+        *run.heading("One batch norm layer"),
         f"{run.settings['steps']} dependent calls in one jit (one eager chain in torch), "
         f"{run.settings['rounds']} rounds in random order. Each figure is a contestant's time over that of "
         "jbn in the same round: the median (and quartiles) of the rounds. Above 1 the contestant is slower.",
-        *(f"Skipped: {CONTESTANTS[name].title}, {why}." for name, why in run.skipped.items()),
         "## Geometric mean over the shapes",
-        harness.markdown_table(
-            ["", *(f"{dtype} {mode}" for dtype, mode in groups)],
+        harness.table(
+            ["", *map(" ".join, found)],
             [
-                [title(name), *(_cell(overall(run.select(*group), name)) for group in groups)]
-                for name in [*names, "floor"]
-            ]
-            + [["best of " + ", ".join(RIVALS), *(_best(run, group) for group in groups)]],
+                *([title(name), *(_cell(overall(rows, name)) for rows in found.values())] for name in compared),
+                ["best of " + ", ".join(RIVALS), *map(_best, found.values())],
+            ],
         ),
         f"The floor counts {PASSES['forward']} passes over x for forward, {PASSES['forward+backward']} for "
         f"forward+backward and {PASSES['evaluation']} for evaluation, at the bandwidth of a copy of x. "
         f"Data with mean/std {FAR:.0e} makes jbn take its second pass over x at every call, on a CPU.",
     ]
-    for group in groups:
-        rows = [
+    for group, rows in found.items():
+        lines = [
             [
                 Case(**row["case"]).label,
-                f"{1e3 * harness.spread(row['seconds']['jbn']).median:.3f}",
-                *(_cell(_spread(relative(row, name))) for name in [*names, "floor"]),
+                f"{1e3 * spread(row['seconds']['jbn']).median:.3f}",
+                *(_cell(overall([row], name)) for name in compared),
             ]
-            for row in run.select(*group)
+            for row in rows
         ]
         parts += [
-            "## {}, {}".format(*group),
-            harness.markdown_table(["shape", "jbn, ms a call", *map(title, names), title("floor")], rows),
-        ]
-        parts += [
-            f"{CONTESTANTS[name].title} could not run {Case(**row['case']).label}: {error}."
-            for row in run.select(*group)
-            for name, error in row["errors"].items()
+            "## " + ", ".join(group),
+            harness.table(["shape", "jbn, ms a call", *map(title, compared)], lines),
+            *(
+                f"{title(name)} could not run {Case(**row['case']).label}: {error}."
+                for row in rows
+                for name, error in row["errors"].items()
+            ),
         ]
     return "\n\n".join(parts)
 
 
-def _spread(values):
-    return None if values is None else harness.spread(values)
+def _cell(found):
+    return "–" if found is None else found.text()
 
 
-def _cell(spread):
-    return "–" if spread is None else spread.text()
-
-
-def _best(run, group):
+def _best(rows):
     """The fastest rival, by its geometric mean over all shapes."""
-    found = {name: overall(run.select(*group), name) for name in RIVALS}
-    found = {name: value for name, value in found.items() if value is not None}
-    if not found:
-        return "–"
-    name = min(found, key=lambda name: found[name].median)
-    return f"{found[name].text()} {name}"
+    found = {name: value for name in RIVALS if (value := overall(rows, name)) is not None}
+    name = min(found, key=lambda name: found[name].median, default="")
+    return f"{found[name].text()} {name}" if name else "–"
 
 
-def picture(run: Run) -> Any:
+def picture(run: harness.Run) -> Any:
     """A dot for each shape and a bar for their geometric mean, a panel for each dtype and mode."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    groups = run.groups()
-    names = [name for name in run.names() if name not in ("jbn", "copy")] + ["floor"]
-    columns = min(3, len(groups))
-    lines = -(-len(groups) // columns)
-    figure, axes = harness.figure(
-        nrows=lines,
-        ncols=columns,
-        figsize=(5 * columns, 1 + 0.32 * len(names) * lines),
-        squeeze=False,
-        sharey=True,
-    )
-    for panel in axes.flat[len(groups) :]:
+    compared, found = names(run), groups(run)
+    columns = min(3, len(found))
+    lines = -(-len(found) // columns)
+    size = (5 * columns, 1 + 0.32 * len(compared) * lines)
+    figure, axes = harness.figure(nrows=lines, ncols=columns, figsize=size, squeeze=False, sharey=True)
+    for panel in axes.flat[len(found) :]:
         panel.set_visible(False)
-    for panel, group in zip(axes.flat, groups, strict=False):
-        for line, name in enumerate(names):
-            values = [harness.spread(r).median for row in run.select(*group) if (r := relative(row, name))]
+    for panel, (group, rows) in zip(axes.flat, found.items(), strict=False):
+        for line, name in enumerate(compared):
+            values = [spread(each).median for row in rows if (each := row.relative(name))]
             if values:
                 panel.plot(values, [line] * len(values), "o", color="0.6", markersize=4)
                 panel.plot(harness.geomean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3)
         panel.axvline(1, color="0.3", linewidth=1)
-        panel.set(xscale="log", title="{}, {}".format(*group), yticks=range(len(names)))
-        panel.set_yticklabels(map(title, names))
-        panel.xaxis.set_major_locator(LogLocator(base=2))
+        panel.set(xscale="log", title=", ".join(group), yticks=range(len(compared)))
+        panel.set_yticklabels(map(title, compared))
+        panel.xaxis.set(major_locator=LogLocator(base=2), minor_locator=NullLocator())
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.minorticks_off()
         panel.grid(axis="x", alpha=0.3)
     axes[0, 0].invert_yaxis()
     figure.supxlabel("time / time of jbn (right of 1: slower than jbn); last row: jbn / copy floor")
-    figure.tight_layout()
     return figure
 
 
-def save(run: Run, out: Any) -> None:
-    stem = harness.stem("layer", run.device, run.about["date"], quick=run.settings["quick"])
-    paths = harness.write(out, stem, dataclasses.asdict(run), page(run), picture(run))
-    print("\nwritten:", *paths, flush=True)
-
-
-def measure(options: Any) -> Run:
-    wanted = ["jbn", *(name for name in options.contestants if name != "jbn")]
-    skipped = {name: f"{CONTESTANTS[name].package} is not installed" for name in wanted if not installed(name)}
-    present = {name: CONTESTANTS[name].engine for name in wanted if name not in skipped}
-    present["copy"] = "jax"
-    about = harness.machine()
-    engines = {name: harness.Engine(name) for name in dict.fromkeys(present.values())}
-    described = {name: engine.ask("describe") for name, engine in engines.items()}
-    versions = {package: v for answer in described.values() for package, v in answer["versions"].items()}
-    settings = {
-        "steps": options.steps,
-        "rounds": options.rounds,
-        "seed": options.seed,
-        "quick": options.quick,
-    }
-    run = Run(about, versions, described["jax"]["device"], settings, skipped)
+def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
+    able = run.able(("jbn", *options.contestants, "copy"))
     order = random.Random(options.seed)
-    for dtype in options.dtypes:
-        for mode in options.modes:
-            # In evaluation the data does not matter.
-            names = {k: v for k, v in present.items() if mode != "evaluation" or k != "jbn_far"}
-            for index in options.shapes:
-                shape, axis = SHAPES[index]
-                case = Case(shape, axis, dtype, mode, options.steps)._asdict()
-                seconds, errors = harness.interleave(
-                    engines, names, case, rounds=options.rounds, turn_seconds=options.turn, order=order
-                )
-                seconds = {name: [float(f"{t:.5g}") for t in seconds[name]] for name in names if name in seconds}
-                run.rows.append({"dtype": dtype, "mode": mode, "case": case, "seconds": seconds, "errors": errors})
-                _tell(run.rows[-1])
-            if not options.quick:
-                save(run, options.out)  # what is measured so far, should the rest be interrupted
-    for engine in engines.values():
-        engine.close()
-    return run
+    with ExitStack() as stack:
+        platform = jax.default_backend()
+        # Torch with another allocator is another process.
+        torch = {
+            tuned: stack.enter_context(torch_process(platform, tuned=tuned))
+            for tuned in {name == "torch_tuned" for name in able if CONTESTANTS[name].package == "torch"}
+        }
 
+        def turn(name: str, case: Case) -> Any:
+            in_torch = CONTESTANTS[name].package == "torch"
+            return torch[name == "torch_tuned"].turn(name, case) if in_torch else jax_turn(name, case)
 
-def _tell(row):
-    """One line while it runs."""
-    medians = {name: harness.spread(values).median for name, values in row["seconds"].items()}
-    shown = "  ".join(f"{name} {t / medians['jbn']:.2f}" for name, t in medians.items() if name != "jbn")
-    print(
-        f"{row['dtype']} {row['mode']} {row['case']['shape']}: jbn {1e3 * medians['jbn']:.3f} ms  {shown}",
-        flush=True,
-    )
-    for name, error in row["errors"].items():
-        print(f"  {name}: {error}", file=sys.stderr)
-
-
-def arguments() -> Any:
-    options = harness.parser(__doc__, rounds=11, turn=0.02)
-    listed = harness.comma_separated
-    options.add_argument("--contestants", type=listed(CONTESTANTS), default=list(USUAL), help=", ".join(CONTESTANTS))
-    options.add_argument("--dtypes", type=listed(("float32", "bfloat16", "float16")), default=["float32", "bfloat16"])
-    options.add_argument("--modes", type=listed(MODES), default=list(MODES), help=", ".join(MODES))
-    options.add_argument(
-        "--shapes",
-        type=listed(map(str, range(len(SHAPES)))),
-        default=list(range(len(SHAPES))),
-        help="; ".join(f"{i}: {Case(s, a, '', '', 0).label}" for i, (s, a) in enumerate(SHAPES)),
-    )
-    options.add_argument("--steps", type=int, default=10, help="calls in a chain")
-    options = options.parse_args()
-    options.shapes = [int(index) for index in options.shapes]
-    if options.quick:
-        options.dtypes, options.shapes = options.dtypes[:1], options.shapes[:1]
-        options.steps, options.rounds = 3, 3
-    return options
-
-
-def main() -> None:
-    options = arguments()
-    run = measure(options)
-    print("\n" + page(run))
-    save(run, options.out)
+        for dtype in options.dtypes:
+            for mode in options.modes:
+                for shape, axis in (SHAPES[int(index)] for index in options.shapes):
+                    case = Case(shape, axis, dtype, mode, options.steps)
+                    # In evaluation the data does not matter.
+                    taking = [name for name in able if mode != "evaluation" or name != "jbn_far"]
+                    seconds, errors = interleave(
+                        {name: partial(turn, name, case) for name in taking},
+                        rounds=options.rounds,
+                        turn_seconds=options.turn,
+                        order=order,
+                        calls=options.steps,
+                    )
+                    jax.clear_caches()
+                    yield {"dtype": dtype, "mode": mode, "case": case._asdict(), "seconds": seconds, "errors": errors}
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(
+        __doc__,
+        measure,
+        page,
+        picture,
+        rounds=11,
+        turn=0.02,
+        lists={
+            "contestants": ([name for name in CONTESTANTS if name != "copy"], USUAL),
+            "dtypes": (harness.DTYPES, harness.DTYPES[:2]),
+            "modes": (PASSES, PASSES),
+            "shapes": (range(len(SHAPES)), range(len(SHAPES))),
+        },
+        options={"steps": {"type": int, "default": 10, "help": "calls in a chain"}},
+        quick={"dtypes": 1, "shapes": 1, "steps": 3, "rounds": 3},
+    )

@@ -6,25 +6,19 @@ for the 53 of a ResNet-50. These are facts of the compiler and come out the same
 timings.
 """
 
-import argparse
-import dataclasses
-import importlib.metadata
-import os
-import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs, so two may compile at once
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
+import targets  # isort: skip  (before jax)
 import harness
 import jax
 import jax.numpy as jnp
+import numpy as np
 from hlo import Program
-from jax.experimental import topologies
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn._pool
@@ -43,6 +37,7 @@ def _resnet_50() -> tuple[int, ...]:
 
 PROGRAMS = {"one of 256 channels": (256,), "ResNet-50, 26 560 channels": _resnet_50()}
 # Whether there is a state, whose mean is the shift of all chips; and else up to how many of them moments are gathered.
+# The first is the way of the library in training.
 WAYS = {"one shift": (True, 0), "gathered": (False, sys.maxsize), "summed": (False, 1)}
 STANDARD = jbn._pool._MOST_GATHERED
 
@@ -55,20 +50,6 @@ that in an all-reduce, which is a reduce-scatter and an all-gather.
 With a state that all chips share, as in training, their sums are about its mean and are simply added up ("one shift");
 a second read and its sum are in a branch that ordinary data does not take, and are not counted. Without a state the
 library gathers up to {STANDARD} chips and sums above."""
-
-
-@dataclasses.dataclass
-class Row:
-    program: str
-    topology: str
-    chips: int
-    way: str
-    standard: bool  # whether the library goes this way in training
-    forward: dict[str, int] | None = None  # collectives by kind
-    backward: dict[str, int] | None = None
-    forward_bytes: float | None = None  # that each chip receives
-    backward_bytes: float | None = None
-    error: str = ""
 
 
 def network(params: list[BNParams], states: list[BNState | None], x: jax.Array) -> jax.Array:
@@ -98,108 +79,60 @@ def traffic(fn: Any, mesh: Any, widths: tuple[int, ...], stateful: bool) -> tupl
     out_specs = (P("data"), P("data")) if fn is forward_backward else P("data")
     shards = jax.shard_map(fn, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=out_specs)
     params, states = [BNParams(array(P(), n), array(P(), n)) for n in widths], [state(n) for n in widths]
-    text = jax.jit(shards).lower(params, states, array(P("data"), 2 * mesh.size, widths[0])).compile().as_text()
-    return received(Program(text), mesh.size)
+    compiled = jax.jit(shards).lower(params, states, array(P("data"), 2 * mesh.size, widths[0])).compile()
+    return Program(compiled.as_text()).received(mesh.size)
 
 
-def received(program: Program, chips: int) -> tuple[dict[str, int], float]:
-    """Collectives by kind, and bytes; an asynchronous one is counted where it ends."""
-    kinds, total = Counter[str](), 0.0
-    for instruction in program.on_the_way():
-        op = instruction.op.removesuffix("-done")
-        passes = {"all-gather": 1, "all-reduce": 2}.get(op)
-        if passes:
-            kinds[op] += 1
-            total += passes * _bytes(instruction.type) * (chips - 1) / chips
-        elif re.match("all-to-all|collective-permute|reduce-scatter", op) and not op.endswith("-start"):
-            raise ValueError(f"text: got {op}; expected all-gather and all-reduce alone; say here what it delivers.")
-    return dict(kinds), total
-
-
-def _bytes(type_: str) -> int:
-    total = 0
-    for dtype, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", type_):
-        width = {"f32": 4, "bf16": 2}[dtype]
-        for size in filter(None, sizes.split(",")):
-            width *= int(size)
-        total += width
-    return total
-
-
-def measure(row: Row, mesh: Any, widths: tuple[int, ...]) -> None:
-    stateful, jbn._pool._MOST_GATHERED = WAYS[row.way]
+def counted(program: str, way: str, mesh: Any) -> dict[str, Any]:
+    stateful, jbn._pool._MOST_GATHERED = WAYS[way]
     jax.clear_caches()  # what was traced went the other way
     try:
-        row.forward, row.forward_bytes = traffic(network, mesh, widths, stateful)
-        both, both_bytes = traffic(forward_backward, mesh, widths, stateful)
+        forward, forward_bytes = traffic(network, mesh, PROGRAMS[program], stateful)
+        both, both_bytes = traffic(forward_backward, mesh, PROGRAMS[program], stateful)
     finally:
         jbn._pool._MOST_GATHERED = STANDARD
-    row.backward, row.backward_bytes = dict(Counter(both) - Counter(row.forward)), both_bytes - row.forward_bytes
+    return {
+        "forward": forward,  # collectives by kind
+        "backward": dict(Counter(both) - Counter(forward)),
+        "forward_bytes": forward_bytes,  # that each chip receives
+        "backward_bytes": both_bytes - forward_bytes,
+    }
 
 
-def page(rows: list[Row], line: str, notes: list[str]) -> str:
-    parts = ["# What synchronized statistics send", line, ABOUT, *notes]
+def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
+    for topology in options.topologies:
+        devices = targets.compiler(run, topology, topology)
+        for program in list(PROGRAMS)[: 1 if options.quick else None] if devices else ():
+            mesh = Mesh(np.array(devices), ("data",))
+            for way in WAYS:
+                row = {"program": program, "topology": topology, "chips": mesh.size, "way": way}
+                yield harness.tried(row, partial(counted, program, way, mesh))
+
+
+def page(run: harness.Run) -> str:
+    parts = [*run.heading("What synchronized statistics send"), ABOUT]
     header = ("chips", "way", "forward", "backward", "forward, bytes per chip", "backward", "together")
-    for name in dict.fromkeys(row.program for row in rows):
-        chosen = [row for row in rows if row.program == name and not row.error]
-        parts += [f"## {name}", harness.markdown_table(header, map(_cells, chosen))]
-    parts += [f"{row.program}, {row.topology}, {row.way}: {row.error}" for row in rows if row.error]
+    for program, rows in run.by("program").items():
+        parts += [f"## {program}", harness.table(header, [_cells(row) for row in rows if not row["error"]])]
+        parts += [f"{row['topology']}, {row['way']}: {row['error']}" for row in rows if row["error"]]
     return "\n\n".join(parts)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    def counted(kinds):
-        return " + ".join(f"{n} {kind}" for kind, n in kinds.items()) or "none"
+def _cells(row):
+    def kinds(counts):
+        return " + ".join(f"{n} {kind}" for kind, n in counts.items()) or "none"
 
     def shown(n):
         return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
 
-    way = f"**{row.way}**" if row.standard else row.way
-    amounts = (row.forward_bytes, row.backward_bytes, row.forward_bytes + row.backward_bytes)
-    return f"{row.chips} ({row.topology})", way, counted(row.forward), counted(row.backward), *map(shown, amounts)
-
-
-def arguments() -> argparse.Namespace:
-    options = harness.parser(__doc__)
-    options.add_argument("--topologies", type=harness.comma_separated(TOPOLOGIES), default=list(TOPOLOGIES))
-    options = options.parse_args()
-    if options.quick:
-        options.topologies = options.topologies[:1]
-    return options
-
-
-def main() -> None:
-    options = arguments()
-    about, rows, notes = harness.machine(), [], []
-    for topology in options.topologies:
-        try:
-            chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-            mesh = topologies.make_mesh(chips, (len(chips.devices),), ("data",))
-        except Exception as error:
-            notes.append(f"Skipped: {topology}, {_line(error)} (libtpu is needed).")
-            continue
-        for name, widths in list(PROGRAMS.items())[: 1 if options.quick else None]:
-            for way in WAYS:
-                standard = way == "one shift"
-                rows.append(row := Row(name, topology, mesh.size, way, standard))
-                try:
-                    measure(row, mesh, widths)
-                except Exception as error:
-                    row.error = _line(error)
-                print(*(f"{k}={v}" for k, v in dataclasses.asdict(row).items() if v not in (None, "")), flush=True)
-    if not rows:
-        sys.exit("\n".join(notes))
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "jbn", "libtpu")}
-    text = page(rows, harness.machine_line({**about, "load_at_start": None}, versions), notes)
-    print("\n" + text)
-    record = {"about": about, "versions": versions, "notes": notes, "rows": [dataclasses.asdict(row) for row in rows]}
-    stem = "sync-quick" if options.quick else f"sync-{about['date']}"
-    print("\nwritten:", *harness.write(options.out, stem, record, text))
-
-
-def _line(error):
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+    way = f"**{row['way']}**" if row["way"] == "one shift" else row["way"]
+    forward, backward = row["forward_bytes"], row["backward_bytes"]
+    chips = f"{row['chips']} ({row['topology']})"
+    amounts = map(shown, (forward, backward, forward + backward))
+    return chips, way, kinds(row["forward"]), kinds(row["backward"]), *amounts
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(
+        __doc__, measure, page, lists={"topologies": (TOPOLOGIES, TOPOLOGIES)}, quick={"topologies": 1}, on_device=False
+    )

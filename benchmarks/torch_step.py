@@ -41,12 +41,11 @@ class Step:
         import numpy as np
         from step import batch_of
 
-        from jbn import networks
         from jbn.convert import to_torchvision
 
-        network = networks.resnet(*case.arguments, **case.options)
+        network = case.network()
         arrays = to_torchvision(*jax.jit(network.init)(jax.random.key(0)))
-        self._model = _torchvision().models.resnet50(num_classes=case.arguments[0])
+        self._model = _torchvision().models.resnet50(num_classes=case.network.args[0])
         self._model.load_state_dict({name: torch.as_tensor(array) for name, array in arrays.items()})
         self._model = self._model.train().to(memory_format=torch.channels_last)
         x, y = batch_of(case, "float32")

@@ -2,7 +2,8 @@
 
 What each file holds: ``commands`` what typer sees; ``options`` each option, ``parsers`` what values they take;
 ``data``, ``network``, ``batches``, ``fit`` and ``activations`` the pieces of a run; ``devices`` where its arrays lie;
-``processes`` how several processes are one run; ``saving`` what a run leaves, ``locks`` that no other is at the same
+``processes`` how several processes are one run, ``supervision`` how each is watched from outside, ``child`` how a child
+is started; ``saving`` what a run leaves, ``locks`` that no other is at the same
 place; ``checkpoints`` what outlives it, and ``resume`` how it goes on from there; ``train`` puts them together;
 ``runs`` reads one again, for ``inspect``, ``calibrate``, ``fold`` and ``export``; ``convert`` needs none; ``display``
 shows a run while it goes, and what came out, ``streams`` in any encoding; ``interrupt`` hears Ctrl-C.

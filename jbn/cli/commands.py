@@ -196,10 +196,15 @@ def _on_run(command: str, *arguments: Path | str | None) -> None:
 
 def _train(chosen: TrainOptions) -> int | None:
     # Imported when the options are known to be good, and where an interrupt is not typer's.
-    from jbn.cli.processes import supervised
+    if chosen.coordinator is not None:
+        from jbn.cli.supervision import is_child, watched
+
+        if not is_child():
+            return watched(chosen)
     from jbn.cli.train import run
 
-    return supervised(chosen, partial(run, chosen))
+    run(chosen)
+    return None
 
 
 @_app.command()

@@ -30,9 +30,9 @@ def make_ready() -> None:
 
 
 def say(line: str) -> None:
-    """A line on stderr, if there is room."""
+    """A line on stderr, if there is room; in one write, for others may write there too."""
     with suppress(OSError):
-        print(f"jbn: {line}", file=sys.stderr)
+        sys.stderr.write(f"jbn: {line}\n")
 
 
 @contextmanager

@@ -2,9 +2,13 @@
 
 import io
 import json
-import math
+import os
+import random
+import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +16,30 @@ import numpy as np
 import pytest
 
 from jbn.cli import main
-from jbn.cli.bench import compare, in_jax
-from jbn.cli.bench.options import BenchOptions
-from jbn.cli.bench.rounds import PASSES, measure, summary
+from jbn.cli.bench import compare, contestants
+from jbn.cli.bench.contestants import CONTESTANTS, IN_JAX, PASSES, Case, Contestant, Layer
+from jbn.cli.bench.engine import interleave
+from jbn.cli.bench.in_jax import jax_turn
 from jbn.cli.bench.torch_process import torch_process
 
 SMALL = ["bench", "--shape", "16,3,4", "--axis", "1", "--rounds", "7"]
-OPTIONS = BenchOptions(shape=(16, 3, 4), dtype="float32", axis=1, rounds=7, json=False)
+TRAINING, EVALUATION = (Case((16, 3, 4), 1, "float32", mode) for mode in ("forward+backward", "evaluation"))
+COMPARED = ("jbn", "linen")  # by `jbn bench`; the others, which are imported for it, by benchmarks/ alone
+
+
+def rarely(names):
+    return [name if name in COMPARED else pytest.param(name, marks=pytest.mark.nightly) for name in names]
+
+
+def not_installed(monkeypatch, *packages):
+    found = contestants.find_spec
+    monkeypatch.setattr(contestants, "find_spec", lambda name: None if name in packages else found(name))
 
 
 @pytest.fixture
 def without_torch(monkeypatch):
     """Its process takes seconds to start; also where it is installed."""
-    found = compare.find_spec
-    monkeypatch.setattr(compare, "find_spec", lambda name: None if name == "torch" else found(name))
+    not_installed(monkeypatch, "torch")
 
 
 def reference(x, axis):
@@ -36,20 +50,24 @@ def reference(x, axis):
 
 
 class TestContestants:
-    @pytest.mark.parametrize("name", ["jbn", "linen"])
+    @pytest.mark.parametrize("name", rarely(n for n in IN_JAX if not n.endswith(("_far", "_masked"))))
     def test_all_are_the_same_layer(self, name):
-        x = 3 + 2 * jax.random.normal(jax.random.key(1), OPTIONS.shape)
-        layer = in_jax.LAYERS[name](OPTIONS, True)
-        y, _ = layer.apply(layer.params, layer.state, x)
+        pytest.importorskip(CONTESTANTS[name].package)
+        build = CONTESTANTS[name].build
+        x = 3 + 2 * jax.random.normal(jax.random.key(1), TRAINING.shape)
+        layer = build(TRAINING, 0.0)
+        y, state = layer.apply(layer.params, layer.state, x)
         np.testing.assert_allclose(y, reference(x, 1), atol=2e-5)
-        layer = in_jax.LAYERS[name](OPTIONS, False)
+        np.testing.assert_allclose(layer.var(state).ravel(), np.var(x, (0, 2)), rtol=1e-4)
+        np.testing.assert_array_equal([v.ravel() for v in layer.params_of(layer.params)], [[1] * 3, [0] * 3])
+        layer = build(EVALUATION, 0.0)
         y, _ = layer.apply(layer.params, layer.state, x)
         np.testing.assert_allclose(y, np.asarray(x) / np.sqrt(1 + 1e-5), rtol=1e-6)
 
-    @pytest.mark.parametrize("name", ["jbn", "linen"])
+    @pytest.mark.parametrize("name", COMPARED)
     def test_all_keep_dtypes_and_move_their_running_statistics(self, name):
         x = jnp.ones((16, 3, 4), jnp.bfloat16).at[::2].set(3)
-        layer = in_jax.LAYERS[name](BenchOptions((16, 3, 4), "bfloat16", 1, 7, False), True)
+        layer = CONTESTANTS[name].build(TRAINING._replace(dtype="bfloat16"), 0.9)
         y, state = layer.apply(layer.params, layer.state, x)
         assert y.dtype == x.dtype
         assert {leaf.dtype for leaf in jax.tree.leaves(layer.params)} == {jnp.dtype("float32")}
@@ -60,22 +78,22 @@ class TestContestants:
         """A layer that adds 1 for each call: nothing is hoisted, dropped or made twice."""
         seen = []
 
-        def counting(options, train):
+        def counting(case, momentum):
             def apply(params, state, x):
                 jax.debug.callback(lambda: seen.append(mode))
                 return x + 1, state
 
-            return in_jax.Layer(jnp.ones(3), jnp.ones(3), apply)
+            return Layer(jnp.ones(3), jnp.ones(3), apply, lambda state: state)
 
-        monkeypatch.setitem(in_jax.LAYERS, "counting", counting)
-        turn = in_jax.jax_turn("counting", mode, 5, OPTIONS)
-        turn(2)
+        monkeypatch.setitem(CONTESTANTS, "counting", Contestant("counting", "jax", counting))
+        turn = jax_turn("counting", TRAINING._replace(mode=mode, steps=5))
+        assert turn(2) > 0
         turn(1)
         jax.effects_barrier()
         assert len(seen) == 15
 
     def test_a_copy_copies(self):
-        turn = in_jax.jax_turn("copy", "forward", 3, OPTIONS)
+        turn = jax_turn("copy", TRAINING._replace(steps=3))
         turn(1)
         turn(2)
 
@@ -83,7 +101,7 @@ class TestContestants:
 class TestFigures:
     def test_they_follow_from_the_times(self):
         seconds = {"jbn": [1.0, 2.0, 4.0], "linen": [2.0, 4.0, 4.0], "copy": [0.5, 1.0, 1.0]}
-        rows = summary(seconds, passes=8, nbytes=10**9)
+        rows = compare.summary(seconds, passes=8, nbytes=10**9)
         assert rows["linen"]["ms"] == 4000
         assert rows["linen"]["time_over_jbn"] == [1.5, 2.0, 2.0]  # of the rounds' ratios 2, 2, 1
         assert rows["jbn"]["time_over_jbn"] == [1, 1, 1]
@@ -95,56 +113,63 @@ class TestFigures:
         assert rows["linen"]["seconds"] == seconds["linen"]
 
     def test_a_copy_too_short_to_measure_bandwidth_is_no_measure(self):
-        rows = summary({"jbn": [1.0], "copy": [1.0]}, passes=2, nbytes=1000)
+        rows = compare.summary({"jbn": [1.0], "copy": [1.0]}, passes=2, nbytes=1000)
         assert rows["jbn"]["share_of_copy"] is None
         assert rows["jbn"]["time_over_jbn"] == [1, 1, 1]
 
 
-class Source:
+class TestRounds:
     """Contestants whose calls take a stated time, without anything being computed."""
 
-    options = OPTIONS
+    def measured(self, seconds, order, **options):
+        def make(name):
+            if seconds[name] is None:
+                raise RuntimeError("RESOURCE_EXHAUSTED: no memory.\nDetails follow.")
 
-    def __init__(self, **seconds):
-        self.seconds, self.order = seconds, []
+            def turn(repeats):
+                order.append(name)
+                return repeats * 10 * seconds[name]
 
-    def turn(self, name, mode, steps):
-        if self.seconds[name] is None:
-            raise RuntimeError("RESOURCE_EXHAUSTED: no memory.\nDetails follow.")
+            return turn
 
-        def turn(repeats):
-            self.order.append(name)
-            return repeats * steps * self.seconds[name]
+        settings = {"rounds": 7, "turn_seconds": 0.02, "order": random.Random(0), "calls": 10} | options
+        return interleave({name: partial(make, name) for name in seconds}, **settings)
 
-        return turn
-
-
-class TestRounds:
     def test_all_take_one_turn_in_each_round_of_20_ms_or_more(self):
-        source = Source(jbn=1e-3, linen=2e-3, copy=1e-5)
-        told = []
-        found = measure("forward", ["jbn", "linen", "copy"], source, math.inf, lambda *at: told.append(at))
-        turns = source.order[6:]  # behind two of each to warm up
+        order, told = [], []
+        times = {"jbn": 1e-3, "linen": 2e-3, "copy": 1e-5}
+        seconds, errors = self.measured(times, order, tell=told.append)
+        turns = order[6:]  # behind two of each to warm up
         assert len(turns) == 21
         assert all(sorted(turns[i : i + 3]) == ["copy", "jbn", "linen"] for i in range(0, 21, 3))
         assert len({tuple(turns[i : i + 3]) for i in range(0, 21, 3)}) > 1  # in another order
-        assert found["rounds"] == 7
-        assert found["contestants"]["linen"]["ms"] == pytest.approx(2)
-        assert found["contestants"]["linen"]["time_over_jbn"] == pytest.approx([2, 2, 2])
-        assert told[0] == ("forward", 0)
-        assert told[-1] == ("forward", 7)
+        assert seconds == {name: [time] * 7 for name, time in times.items()}
+        assert errors == {}
+        assert told == [0] * 3 + [i for i in range(1, 8) for _ in range(3)]
+
+    def test_a_turn_of_which_one_is_enough_is_not_repeated(self):
+        order = []
+        seconds, _ = self.measured({"jbn": 1e-6}, order, turn_seconds=0, rounds=2)
+        assert seconds == {"jbn": [1e-6] * 2}
+        assert len(order) == 3  # one to warm up
 
     def test_when_time_is_up_there_is_still_one_round(self):
-        source = Source(jbn=1.0, copy=1.0)
-        found = measure("forward", ["jbn", "copy"], source, time.perf_counter() - 1, lambda *at: None)
-        assert found["rounds"] == 1
-        assert len(found["contestants"]["jbn"]["seconds"]) == 1
+        seconds, _ = self.measured({"jbn": 1.0, "copy": 1.0}, [], deadline=time.perf_counter() - 1)
+        assert seconds == {"jbn": [1.0], "copy": [1.0]}
 
     def test_a_contestant_that_cannot_run_is_named_and_the_others_go_on(self):
-        source = Source(jbn=1.0, linen=None, copy=1.0)
-        found = measure("forward", ["jbn", "linen", "copy"], source, 0.0, lambda *at: None)
-        assert found["errors"] == {"linen": "RESOURCE_EXHAUSTED: no memory"}
-        assert set(found["contestants"]) == {"jbn", "copy"}
+        seconds, errors = self.measured({"jbn": 1.0, "linen": None, "copy": 1.0}, [])
+        assert errors == {"linen": "RESOURCE_EXHAUSTED: no memory"}
+        assert set(seconds) == {"jbn", "copy"}
+
+    def test_an_error_that_none_is_expected_to_make_is_no_line(self):
+        def make():
+            raise TypeError("a bug")
+
+        options = {"rounds": 1, "turn_seconds": 0, "order": random.Random(0)}
+        assert interleave({"jbn": make}, **options) == ({}, {"jbn": "TypeError: a bug"})
+        with pytest.raises(TypeError, match="a bug"):
+            interleave({"jbn": make}, **options, expected=RuntimeError)
 
 
 class TestRun:
@@ -171,8 +196,15 @@ class TestRun:
             def isatty(self):
                 return True
 
-        found = compare.find_spec
-        monkeypatch.setattr(compare, "find_spec", lambda name: None if name in ("torch", "flax") else found(name))
+        seconds = {"jbn": [1e-3] * 7, "copy": [5e-4] * 7}
+
+        def measured(mode, names, options, *rest):
+            assert names == ["jbn", "copy"]
+            rows = compare.summary(seconds, PASSES[mode], options.nbytes)
+            return {"passes": PASSES[mode], "rounds": 7, "contestants": rows, "errors": {}}
+
+        monkeypatch.setattr(compare, "_measured", measured)
+        not_installed(monkeypatch, "torch", "flax")
         monkeypatch.setattr(sys, "stdout", terminal := Terminal())
         monkeypatch.setenv("TERM", "xterm")
         monkeypatch.setenv("COLUMNS", "120")
@@ -203,21 +235,22 @@ class TestTorch:
     def test_a_torch_that_fails_is_an_error_of_its_own(self, code, message, tmp_path, monkeypatch):
         (tmp_path / "torch.py").write_text(code)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        with torch_process(OPTIONS, "cpu") as torch, pytest.raises(RuntimeError, match=message):
-            torch.turn("forward", 2)
+        with torch_process("cpu") as torch, pytest.raises(RuntimeError, match=message):
+            torch.turn("torch", TRAINING)
 
     def test_its_process_ends_with_the_block(self):
-        with torch_process(OPTIONS, "cpu") as torch:
+        with torch_process("cpu") as torch:
             process = torch._process
             assert process.poll() is None
         assert process.poll() is not None
 
     def test_takes_turns(self):
         pytest.importorskip("torch")
-        with torch_process(OPTIONS, "cpu") as torch:
-            for mode in PASSES:
-                assert 0 < torch.turn(mode, 2)(3) < 60
-        assert torch.version
+        for tuned in (False, True):
+            with torch_process("cpu", tuned=tuned) as torch:
+                for mode in PASSES:
+                    turn = torch.turn("torch", TRAINING._replace(mode=mode, steps=2))
+                    assert 0 < turn(3) < 60
 
 
 BAD_INPUT = {
@@ -233,7 +266,7 @@ BAD_INPUT = {
     "as in --axis -1.",
     "--shape 4,8 --axis -3": "--axis: got -3 with --shape 4,8; expected -2 to 1; pass the axis of the features, "
     "as in --axis -1.",
-    "--axis last": "--axis: got last; expected a whole number; as in --axis -1.",
+    "--axis last": "--axis: got last; expected a whole number from -64 to 63; as in --axis -1.",
     "--dtype float64": "--dtype: got 'float64'; expected one of float32, bfloat16, float16; as in --dtype float32.",
     "--rounds 6": "--rounds: got 6; expected a whole number of at least 7; as in --rounds 11.",
 }
@@ -261,12 +294,42 @@ class TestBadInput:
         assert free is None or 2**20 < free < 2**50
 
     def test_memory_that_runs_out_all_the_same_is_one_line(self, without_torch, monkeypatch, capsys):
-        def layer(options, train):
+        def build(case, momentum):
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nand more")
 
-        monkeypatch.setitem(in_jax.LAYERS, "jbn", layer)
+        monkeypatch.setitem(CONTESTANTS, "jbn", CONTESTANTS["jbn"]._replace(build=build))
         assert main(SMALL) == 2
         assert capsys.readouterr().err == (
             "jbn: --shape: got 16,3,4; expected one that fits this device, which says of forward: "
             "RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes; use a smaller batch.\n"
         )
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="the scripts are not here")
+class TestScripts:
+    def script(self, name, *arguments):
+        command = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+        # They find each other in their own folder.
+        left_out = ("PYTHONSAFEPATH", "JAX_ENABLE_X64")
+        environment = {name: value for name, value in os.environ.items() if name not in left_out}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def test_results_of_before_are_still_read(self):
+        results = BENCHMARKS / "results"
+        files = [results / f"layer-2026-11-20{run}.json" for run in ("", "-run-2", "-run-3")]
+        assert self.script("median.py", *files) == (results / "layer-2026-11-20-median.md").read_text()
+
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("name", ["layer", "step", "costs", "accuracy", "fold"])
+    def test_a_smoke_run_leaves_its_files(self, name, tmp_path):
+        few = () if name == "fold" else ("--contestants", "jbn,linen")
+        self.script(f"{name}.py", "--quick", "--out", tmp_path, *few)
+        record = json.loads((tmp_path / f"{name}-quick.json").read_text())
+        assert record["rows"]
+        assert record["versions"]["jax"] in (tmp_path / f"{name}-quick.md").read_text()

@@ -1,4 +1,7 @@
-"""Runs of several processes on this machine: as one of a single process, and what is left when one ends early."""
+"""Runs of several processes on this machine: as one of a single process, and what is left when one ends early.
+
+By day each way to end is tried once; what each process checks of the others is tried without them.
+"""
 
 import contextlib
 import json
@@ -8,16 +11,19 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.saved_runs import two_classes
 
-from jbn.cli import main
+from jbn.cli import child, main, processes, supervision
+from jbn.cli.bad_input import BadInput
+from jbn.cli.options import TrainOptions
 
 pytestmark = pytest.mark.processes
 
-SMALL = ("--batch-size", "16", "--epochs", "1", "--hidden", "4", "--accumulate", "2")
+SMALL = ("--batch-size", "16", "--epochs", "1", "--hidden", "4", "--accumulate", "2", "--no-compare")
 ENDLESS = ("--batch-size", "24", "--epochs", "100000", "--hidden", "4", "--no-compare", "--checkpoint-every", "1")
 AGAIN = "expected all of them to stay to the end; start them all again, with the same options."
 
@@ -76,10 +82,27 @@ class Run:
             assert all(process.poll() is None for process in self.all), self.printed("err")
             time.sleep(0.05)
 
+    def children(self, i):
+        """Of one of the processes, where the system tells."""
+        pid = self.all[i].pid
+        listed = Path(f"/proc/{pid}/task/{pid}/children")
+        return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def wait_until_gone(pid, timeout=20):
+    deadline = time.monotonic() + timeout
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
 
 def losses(folder):
     history = json.loads((folder / "metrics.json").read_text())["history"]
-    return [history[name]["loss"] + history[name]["test_loss"] for name in ("with", "without")]
+    return history["with"]["loss"] + history["with"]["test_loss"]
 
 
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.nightly)])
@@ -99,19 +122,26 @@ def test_processes_train_as_one_does_and_the_first_alone_speaks(data, tmp_path, 
     assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs", "many", "one"]
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.nightly)], ids=["the coordinator", "another"])
-def test_when_one_is_killed_all_others_end_with_a_line_that_says_so(data, tmp_path, victim):
+@pytest.mark.parametrize(
+    ("victim", "processes"),
+    [(0, 2), pytest.param(2, 3, marks=pytest.mark.nightly)],
+    ids=["the coordinator", "another"],
+)
+def test_when_one_is_killed_its_child_ends_and_all_others_with_one_line_that_says_so(data, tmp_path, victim, processes):
     (tmp_path / "logs").mkdir()
-    with Run(tmp_path / "logs", 3, training(data, tmp_path)) as run:
+    with Run(tmp_path / "logs", processes, training(data, tmp_path)) as run:
         run.wait_for(lambda: any((tmp_path / "kept" / "with").glob("[0-9]*")))
+        orphans = run.children(victim)
         run.all[victim].kill()
         codes = run.codes(120)
-    assert codes == [-signal.SIGKILL if i == victim else 2 for i in range(3)]
+        for orphan in orphans:
+            wait_until_gone(orphan)
+    assert codes == [-signal.SIGKILL if i == victim else 2 for i in range(processes)]
     for i, err in enumerate(run.printed("err")):
         if i != victim:
-            last = err.splitlines()[-1]
-            assert last.startswith(f"jbn: --process-id: got process {i} of 3 ")
-            assert last.endswith(AGAIN)
+            assert err.count("\n") == 1
+            assert err.startswith(f"jbn: --process-id: got process {i} of {processes} ")
+            assert err.endswith(f"{AGAIN}\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -119,7 +149,7 @@ def test_when_one_is_killed_all_others_end_with_a_line_that_says_so(data, tmp_pa
     ("number", "said"),
     [
         (signal.SIGINT, "interrupted"),
-        (signal.SIGTERM, "ended by SIGTERM"),
+        pytest.param(signal.SIGTERM, "ended by SIGTERM", marks=pytest.mark.nightly),
     ],
 )
 def test_ctrl_c_in_one_process_ends_it_as_always_and_the_others_with_a_line(data, tmp_path, number, said):
@@ -128,8 +158,10 @@ def test_ctrl_c_in_one_process_ends_it_as_always_and_the_others_with_a_line(data
         run.wait_for(lambda: any((tmp_path / "kept" / "with").glob("[0-9]*")))
         run.all[0].send_signal(number)
         assert run.codes(120) == [128 + number, 2]
-    assert run.printed("err")[0].splitlines()[-1] == f"jbn: {said}."
-    assert run.printed("err")[1].splitlines()[-1].endswith(AGAIN)
+    first, second = run.printed("err")
+    assert first == f"jbn: {said}.\n"
+    assert second.count("\n") == 1
+    assert second.endswith(f"{AGAIN}\n")
     assert sorted(os.listdir(tmp_path)) == ["data.npz", "kept", "logs"]
 
 
@@ -148,6 +180,7 @@ def test_bad_input_that_one_process_finds_ends_all_of_them_alike(data, tmp_path,
     assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs"]
 
 
+@pytest.mark.nightly
 def test_data_that_are_not_the_same_everywhere_are_refused(data, tmp_path):
     (tmp_path / "logs").mkdir()
     other = tmp_path / "other.npz"
@@ -183,16 +216,12 @@ def test_a_process_that_meets_no_other_says_so_in_time(tmp_path, process):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("--lr", "0.5", "--lr: got 0.5 in process 1; expected 1.0, as in process 0; start all processes alike."),
-        pytest.param(
-            "--num-processes",
-            "4",
-            "--num-processes: got 4 in process 1; expected 2, as in process 0; start all",
-            marks=pytest.mark.nightly,
-        ),
+        ("--num-processes", "4", "--num-processes: got 4 in process 1; expected 2, as in process 0; start all"),
         ("--process-id", "0", "--coordinator: got localhost:"),
     ],
 )
@@ -205,3 +234,58 @@ def test_processes_that_were_not_told_the_same_end_alike(data, tmp_path, option,
         assert err.count("\n") == 1
         assert err.startswith(f"jbn: {message}")
     assert sorted(os.listdir(tmp_path)) == ["data.npz", "logs"]
+
+
+def told(monkeypatch, change):
+    """Makes another process say what this one says, but for a change."""
+    monkeypatch.setattr(processes, "_told", lambda text: [text, change(text)])
+    monkeypatch.setattr(processes.jax.distributed, "shutdown", lambda: None)
+
+
+def test_what_one_process_finds_or_has_otherwise_is_what_all_of_them_say(monkeypatch):
+    told(monkeypatch, lambda text: text.replace('"--lr": 1.0', '"--lr": 0.5'))
+    options = TrainOptions(lr=1.0, coordinator="localhost:1", num_processes=2, process_id=0)
+    with pytest.raises(BadInput, match=r"--lr: got 0[.]5 in process 1; expected 1[.]0, as in process 0; start all"):
+        processes._compare(options)
+    told(monkeypatch, lambda text: text or "--data: got nothing.")
+    with pytest.raises(BadInput, match="--data: got nothing"), processes.agreed():
+        pass
+    told(monkeypatch, lambda text: text.replace("mine", "other"))
+    with pytest.raises(BadInput, match="--data: got something else in process 1 than in process 0; expected the same"):
+        processes.same("--data", "mine")
+    processes.same("--data", "ours")
+
+
+def test_the_child_is_asked_for_the_same_run():
+    from jbn.cli import commands
+
+    given = ["--network", "resnet", "--widths", "3,4", "--no-compare", "--lr", "1e-05", "--data", "a b.npz"]
+    together = ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "1", "--seed", "7"]
+    (options,) = commands.parse(["train", *given, *together]).args
+    assert commands.parse(["train", *supervision._typed(options)]).args == (options,)
+
+
+IN_CHILD = """
+import os, sys
+from jbn.cli import supervision
+assert supervision.is_child()
+os.write(1, b"of gloo")
+print("shown:", sys.stdout.isatty(), flush=True)
+print("said", file=sys.stderr, flush=True)
+import time
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="the system has no terminals of its own to give")
+def test_a_child_prints_on_the_terminal_keeps_what_libraries_print_from_it_and_ends_with_its_stdin():
+    ours, terminal = os.openpty()
+    process = child.start(["-c", IN_CHILD], {"JBN_CHILD": "1"}, stdout=terminal, stderr=subprocess.PIPE)
+    os.close(terminal)
+    assert process.stderr.readline() == "said\n"
+    assert os.read(ours, 100) == b"shown: True\r\n"
+    assert os.getpgid(process.pid) != os.getpgid(0)  # a terminal's Ctrl-C is not for it
+    process.stdin.close()
+    assert process.wait(20) == 1
+    process.stderr.close()
+    os.close(ours)

@@ -1,33 +1,36 @@
 """A run of ``jbn bench``: jbn beside Flax, torch and bare copies, in three modes, in under a minute."""
 
-import gc
 import math
 import os
 import platform
+import random
+import statistics
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench import display
+from jbn.cli.bench.contestants import CONTESTANTS, PASSES, Case, missing, versions
+from jbn.cli.bench.engine import Turn, interleave, ratios, spread
+from jbn.cli.bench.in_jax import jax_turn
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.bench.rounds import PASSES, Source, measure
 from jbn.cli.bench.torch_process import Torch, torch_process
 from jbn.cli.interrupt import check
 
-__all__ = ["run"]
+__all__ = ["run", "summary"]
 
+_NAMES = ("jbn", "linen", "torch", "copy")
 _SECONDS = 50.0  # for all of it
-# Contestant → the package that has to be installed.
-_PACKAGES = {"jbn": "jbn", "linen": "flax", "torch": "torch", "copy": "jax"}
+_TURN = 0.02  # s, a turn's length at least
+_COPY_PASSES = 2
+_COPIED = 2**20  # bytes; a copy of less takes as long as its dispatch, and says nothing of bandwidth
 # Arrays of the size of x, in float32, that all contestants hold together at most.
 _ARRAYS = 16
 
@@ -39,30 +42,27 @@ def run(options: BenchOptions) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     device = jax.devices()[0]
     _fits(options, device)
-    skipped = {name: f"{package} is not installed" for name, package in _PACKAGES.items() if not find_spec(package)}
-    process: AbstractContextManager[Torch | None] = nullcontext()
+    skipped = missing(_NAMES)
     if device.platform not in ("cpu", "gpu"):
         skipped["torch"] = f"it does not run on a {device.platform}"
-    elif "torch" not in skipped:
-        process = torch_process(options, device.platform)
-    names = [name for name in _PACKAGES if name not in skipped]
+    names = [name for name in _NAMES if name not in skipped]
+    process: AbstractContextManager[Any] = torch_process(device.platform) if "torch" in names else nullcontext()
     modes: dict[str, Any] = {}
-    gc.freeze()  # a collection that goes through all of JAX would outlast a turn
-    try:
-        with process as torch, display.progress(options) as tell:
-
-            def at(mode: str, round_: int) -> None:
-                check()
-                tell(mode, round_)
-
-            source = Source(options, torch)
-            for mode in PASSES:
-                now = time.perf_counter()
-                deadline = now + (started + _SECONDS - now) / (len(PASSES) - len(modes))
-                modes[mode] = measure(mode, names, source, deadline, at)
-    finally:
-        gc.unfreeze()
-    display.show(_document(options, device, modes, skipped, torch))
+    with process as torch, display.progress(options) as tell:
+        for mode in PASSES:
+            now = time.perf_counter()
+            deadline = now + (started + _SECONDS - now) / (len(PASSES) - len(modes))
+            modes[mode] = _measured(mode, names, options, torch, deadline, tell)
+    display.show(
+        {
+            "options": asdict(options),
+            "versions": versions(CONTESTANTS[name].package for name in names) | {"python": platform.python_version()},
+            "device": f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+            "date": date.today().isoformat(),
+            "skipped": skipped,
+            "modes": modes,
+        }
+    )
 
 
 def _fits(options: BenchOptions, device: Any) -> None:
@@ -86,19 +86,56 @@ def _free_memory(device: Any) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _document(
-    options: BenchOptions, device: Any, modes: dict[str, Any], skipped: dict[str, str], torch: Torch | None
+def _turn(name: str, case: Case, torch: Torch | None) -> Turn:
+    return torch.turn(name, case) if name == "torch" and torch is not None else jax_turn(name, case)
+
+
+def _measured(
+    mode: str, names: list[str], options: BenchOptions, torch: Torch | None, deadline: float, tell: Any
 ) -> dict[str, Any]:
-    """What is printed."""
-    versions = {"jbn": jbn.__version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in ("jax", "jaxlib", "flax") if find_spec(name)}
-    if torch is not None and torch.version is not None:
-        versions["torch"] = torch.version
+    """What one mode costs each contestant."""
+    # Many calls in a row where a call is short, so that dispatch does not count, and few where it is long.
+    steps = max(2, min(10, 2**28 // options.nbytes), min(1000, 2**22 // options.nbytes))
+    case = Case(options.shape, options.axis, options.dtype, mode, steps)
+
+    def at(round_: int) -> None:
+        check()
+        tell(mode, round_)
+
+    seconds, errors = interleave(
+        {name: partial(_turn, name, case, torch) for name in names},
+        rounds=options.rounds,
+        turn_seconds=_TURN,
+        order=random.Random(),
+        calls=steps,
+        deadline=deadline,
+        tell=at,
+        expected=RuntimeError,  # XLA's are among them, out of memory above all; another is a bug
+    )
+    if vital := [name for name in ("jbn", "copy") if name in errors]:
+        raise BadInput(
+            f"--shape: got {options.shown}; expected one that fits this device, which says of {mode}: "
+            f"{errors[vital[0]]}; use a smaller batch."
+        )
     return {
-        "options": asdict(options),
-        "versions": versions,
-        "device": f"CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
-        "date": date.today().isoformat(),
-        "skipped": skipped,
-        "modes": modes,
+        "passes": PASSES[mode],
+        "rounds": len(seconds["jbn"]),
+        "contestants": summary(seconds, PASSES[mode], options.nbytes),
+        "errors": errors,
     }
+
+
+def summary(seconds: dict[str, list[float]], passes: int, nbytes: int) -> dict[str, Any]:
+    """Time, ratio and bandwidth of each contestant, from the seconds a call took it in each round."""
+    rows = {}
+    for name, times in seconds.items():
+        moved = _COPY_PASSES if name == "copy" else passes
+        share = statistics.median(ratios(seconds["copy"], times)) * moved / _COPY_PASSES
+        rows[name] = {
+            "ms": 1e3 * statistics.median(times),
+            "time_over_jbn": list(spread(ratios(times, seconds["jbn"]))),
+            "gb_per_s": 1e-9 * moved * nbytes / statistics.median(times),
+            "share_of_copy": share if nbytes >= _COPIED else None,
+            "seconds": times,
+        }
+    return rows

@@ -8,13 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jbn.cli.bench.contestants import CONTESTANTS
 from jbn.cli.bench.options import BenchOptions
 from jbn.cli.saving import to_json
 from jbn.cli.streams import printing
 
 __all__ = ["progress", "show"]
-
-_TITLES = {"jbn": "jbn", "linen": "flax.linen", "torch": "torch", "copy": "copy of x"}
 
 
 @contextmanager
@@ -54,7 +53,7 @@ def _show_table(document: dict[str, Any]) -> None:
             low, median, high = row["time_over_jbn"]
             ratio = "1" if name == "jbn" else "" if name == "copy" else f"{median:.2f} ({low:.2f}–{high:.2f})"
             table.add_row(
-                f"  {_TITLES[name]}",
+                f"  {CONTESTANTS[name].title}",
                 f"{row['ms']:.4g}",
                 ratio,
                 f"{row['gb_per_s']:.3g}",
@@ -75,11 +74,11 @@ def _notes(document: dict[str, Any]) -> Iterator[str]:
         f"where y is written over x, and finds it in a cache, they can exceed a copy's."
     )
     for name, why in document["skipped"].items():
-        yield f"Skipped: {_TITLES[name]}, {why}."
+        yield f"Skipped: {CONTESTANTS[name].title}, {why}."
     if missing := [why.split()[0] for why in document["skipped"].values() if why.endswith("is not installed")]:
         yield f"To see them too: python -m pip install {' '.join(missing)}"
     for mode, rows in document["modes"].items():
         for name, error in rows["errors"].items():
-            yield f"{_TITLES[name]} could not run {mode}: {error}."
+            yield f"{CONTESTANTS[name].title} could not run {mode}: {error}."
         if rows["rounds"] < document["options"]["rounds"]:
             yield f"Time was up after {rows['rounds']} rounds of {mode}."

@@ -27,21 +27,13 @@ def _shape(option: str, raw: Any) -> tuple[int, ...]:
     return sizes
 
 
-def _axis(option: str, raw: Any) -> int:
-    """For the feature axis; the shape tells whether there is one."""
-    try:
-        return int(str(raw))
-    except ValueError:
-        raise BadInput(f"{option}: got {raw}; expected a whole number; as in {option} -1.") from None
-
-
 @dataclass(frozen=True)
 class BenchOptions:
     """What ``jbn bench`` was asked for, in the words of its options."""
 
     shape: tuple[int, ...] = option(_shape, "INT,INT,…", "Of x.", "32,56,56,64")
     dtype: str = option(choice(DTYPES), "|".join(DTYPES), "Of x and y.", "float32")
-    axis: int = option(_axis, "INT", "The feature axis; -1 for NHWC, 1 for NCHW.", -1)
+    axis: int = option(integer(-64, -1, 63), "INT", "The feature axis; -1 for NHWC, 1 for NCHW.", -1)
     rounds: int = option(integer(7, 11), "INT", "In which each takes a turn, fewer if time is up.", 11)
     json: bool = option(None, "", "JSON on a terminal too.", False)
 
@@ -67,11 +59,6 @@ class BenchOptions:
     def shown(self) -> str:
         """The shape, as it is typed."""
         return ",".join(map(str, self.shape))
-
-    @property
-    def channels(self) -> int:
-        """C, the size of the feature axis."""
-        return self.shape[self.axis]
 
     @property
     def nbytes(self) -> int:

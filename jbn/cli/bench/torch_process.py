@@ -2,31 +2,38 @@
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 from typing import Any
 
-from jbn.cli.bench.options import BenchOptions
+from jbn.cli.bench.contestants import Case
+from jbn.cli.bench.engine import Turn
+from jbn.cli.child import start
 
 __all__ = ["Torch", "torch_process"]
+
+# glibc keeps freed memory instead of handing it back, so that torch pays no page faults.
+_TUNED = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
 
 
 class Torch:
     """Asks for turns; what goes wrong over there is a RuntimeError here."""
 
-    def __init__(self, process: Any) -> None:
-        self.version: str | None = None
-        self._process = process
+    def __init__(self, process: Any, platform: str) -> None:
+        self._process, self._platform = process, platform
 
-    def turn(self, mode: str, steps: int) -> Callable[[int], float]:
-        """A turn of torch, in place of the one that was there before."""
-        self.version = self.ask(mode=mode, steps=steps)["version"]
-        return lambda repeats: self.ask(repeats=repeats)["seconds"]
+    def turn(self, name: str, case: Case) -> Turn:
+        """A turn of a contestant, in place of the one that it had before."""
+        self._ask(prepare=name, platform=self._platform, **case._asdict())
+        return lambda repeats: self._ask(turn=name, repeats=repeats)["seconds"]
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def _ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request."""
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -43,21 +50,14 @@ class Torch:
 
 
 @contextmanager
-def torch_process(options: BenchOptions, platform: str) -> Iterator[Torch]:
+def torch_process(platform: str, *, tuned: bool = False) -> Iterator[Torch]:
     """A process with torch, for the time of the block; ``platform`` is JAX's."""
-    process = subprocess.Popen(
-        # -P keeps the program's folder, whose modules are not for torch, off its path.
-        [sys.executable, "-P", str(Path(__file__).with_name("torch_program.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={"OMP_WAIT_POLICY": "passive", **os.environ},  # spinning threads would take JAX's cores
-    )
+    # Threads that spin would take JAX's cores.
+    environment = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"), **(_TUNED if tuned else {})}
+    program = str(Path(__file__).with_name("torch_program.py"))
+    process = start([program], environment, stdout=PIPE, stderr=DEVNULL)
     try:
-        torch = Torch(process)
-        torch.ask(shape=options.shape, dtype=options.dtype, axis=options.axis, platform=platform)
-        yield torch
+        yield Torch(process, platform)
     finally:
         process.kill()
         process.communicate()

@@ -1,19 +1,31 @@
-"""Every batch norm that is compared, in one form.
+"""Every batch norm that is compared, in one form, for `jbn bench` and for `benchmarks/`.
 
 A JAX contestant is a function ``build(case, momentum)`` that returns a `Layer`: params, state and
 ``apply(params, state, x) -> (y, state)``, a training or an evaluation step of that library's own layer
-with its running statistics. Libraries are imported when they are built, so that one that is not
-installed is skipped and the others go on. All use ε = 1e-5 and give y in x's dtype.
+with its running statistics. Libraries are imported by name when they are built, for none has to be installed and
+nothing here depends on them. All use ε = 1e-5 and give y in x's dtype.
 """
 
-import importlib.util
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jbn
+
+__all__ = ["CONTESTANTS", "EPS", "FAR", "IN_JAX", "PASSES", "Case", "Contestant", "Layer", "missing", "versions"]
 
 EPS = 1e-5
 FAR = 1e3  # mean/std of the data on which jbn makes its second pass, on a CPU
-MODES = ("forward", "forward+backward", "evaluation")
+# Mode → reads and writes of x that nothing can avoid; for forward+backward those of g, y and dx as well.
+PASSES = {"forward": 3, "forward+backward": 8, "evaluation": 2}
 
 
 class Case(NamedTuple):
@@ -22,27 +34,38 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     axis: int  # the feature axis
     dtype: str
-    mode: str  # one of MODES
-    steps: int  # calls in a chain
+    mode: str  # one of PASSES
+    steps: int = 1  # calls in a chain
 
     @property
     def train(self) -> bool:
+        """Whether it is a training step."""
         return self.mode != "evaluation"
 
     @property
     def channels(self) -> int:
+        """C, the size of the feature axis."""
         return self.shape[self.axis]
 
     @property
-    def reduce_axes(self) -> tuple[int, ...]:
-        return tuple(a for a in range(len(self.shape)) if a != self.axis % len(self.shape))
+    def place(self) -> int:
+        """The feature axis, counted from the first."""
+        return self.axis % len(self.shape)
+
+    @property
+    def last(self) -> bool:
+        """Whether channels are last."""
+        return self.place == len(self.shape) - 1
 
     @property
     def label(self) -> str:
-        return "×".join(map(str, self.shape)) + ("" if self.axis % len(self.shape) == len(self.shape) - 1 else " NC…")
+        """The shape, as a table has it."""
+        return "×".join(map(str, self.shape)) + ("" if self.last else " NC…")
 
 
 class Layer(NamedTuple):
+    """One contestant's layer."""
+
     params: Any
     state: Any
     apply: Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -51,23 +74,34 @@ class Layer(NamedTuple):
 
 
 class Contestant(NamedTuple):
+    """Who takes part."""
+
     title: str
     package: str  # which has to be installed
-    build: Callable[[Case, float], Layer] | None  # None for torch
-    engine: str = "jax"
+    build: Callable[[Case, float], Layer] | None = None  # None for torch
     offset: float = 0.0  # mean of the data, in units of its standard deviation
 
 
-def installed(name: str) -> bool:
-    return importlib.util.find_spec(CONTESTANTS[name].package) is not None
+def missing(names: Iterable[str], among: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Those of the contestants that cannot take part here, each with the reason."""
+    packages = {name: (among or CONTESTANTS)[name].package for name in names}
+    return {name: f"{package} is not installed" for name, package in packages.items() if not find_spec(package)}
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of jbn, JAX and those of the packages that are installed."""
+    found = {"jbn": jbn.__version__}
+    for package in ("jax", "jaxlib", *packages):
+        with suppress(metadata.PackageNotFoundError):
+            found.setdefault(package, metadata.version("dm-haiku" if package == "haiku" else package))
+    return found
 
 
 def _plain(case, momentum):
     """The formula as written, under autodiff."""
-    import jax.numpy as jnp
-
     params = (jnp.ones(case.channels), jnp.zeros(case.channels))
     state = (jnp.zeros(case.channels), jnp.ones(case.channels))
+    reduce_axes = tuple(a for a in range(len(case.shape)) if a != case.place)
     layout = [1] * len(case.shape)
     layout[case.axis] = -1
 
@@ -75,8 +109,7 @@ def _plain(case, momentum):
         gamma, beta = params
         if case.train:
             values = x.astype(jnp.float32)
-            mean, var = jnp.mean(values, case.reduce_axes), jnp.var(values, case.reduce_axes)
-            new = (mean, var)
+            mean, var = new = jnp.mean(values, reduce_axes), jnp.var(values, reduce_axes)
             state = tuple(momentum * old + (1 - momentum) * v for old, v in zip(state, new, strict=True))
         else:
             mean, var = state
@@ -87,10 +120,6 @@ def _plain(case, momentum):
 
 
 def _jbn(case, momentum, *, offset=0.0, masked=False):
-    import jax.numpy as jnp
-
-    import jbn
-
     params, state = jbn.bn_init(case.channels)
     params = params._replace(beta=params.beta + offset)  # so that y, the next x of the chain, is offset too
     mask = _mask(case) if masked else None
@@ -106,19 +135,18 @@ def _jbn(case, momentum, *, offset=0.0, masked=False):
 
 def _mask(case):
     """(…, 1): the last eighth of the examples is padding."""
-    import jax.numpy as jnp
-
-    shape = tuple(1 if a == case.axis % len(case.shape) else n for a, n in enumerate(case.shape))
-    rows = jnp.arange(shape[0]) < math.ceil(7 / 8 * shape[0])
+    rows = jnp.arange(case.shape[0]) < math.ceil(7 / 8 * case.shape[0])
+    shape = [1 if a == case.place else n for a, n in enumerate(case.shape)]
     return jnp.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
 
-def _linen(case, momentum, *, fast=True, masked=False):
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
+def _small(case):
+    """Examples for layers that find their sizes at the first call."""
+    return jnp.zeros([n if a == case.place else 2 for a, n in enumerate(case.shape)], case.dtype)
 
-    layer = nn.BatchNorm(
+
+def _linen(case, momentum, *, fast=True, masked=False):
+    layer = import_module("flax.linen").BatchNorm(
         use_running_average=not case.train,
         axis=case.axis,
         momentum=momentum,
@@ -126,7 +154,7 @@ def _linen(case, momentum, *, fast=True, masked=False):
         dtype=jnp.dtype(case.dtype),
         use_fast_variance=fast,
     )
-    variables = layer.init(jax.random.key(0), jnp.zeros(_small(case), case.dtype))
+    variables = layer.init(jax.random.key(0), _small(case))
     mask = _mask(case) if masked else None
 
     def apply(params, state, x):
@@ -134,24 +162,12 @@ def _linen(case, momentum, *, fast=True, masked=False):
         y, updated = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
         return y, updated["batch_stats"]
 
-    return Layer(
-        variables["params"],
-        variables["batch_stats"],
-        apply,
-        lambda state: state["var"],
-        lambda params: (params["scale"], params["bias"]),
-    )
-
-
-def _small(case):
-    """A batch of one small example, for layers that find their sizes at the first call."""
-    return tuple(n if a == case.axis % len(case.shape) else 2 for a, n in enumerate(case.shape))
+    params, state = variables["params"], variables["batch_stats"]
+    return Layer(params, state, apply, lambda state: state["var"], lambda params: (params["scale"], params["bias"]))
 
 
 def _nnx(case, momentum):
-    import jax.numpy as jnp
-    from flax import nnx
-
+    nnx = import_module("flax.nnx")
     layer = nnx.BatchNorm(
         case.channels,
         use_running_average=not case.train,
@@ -168,29 +184,22 @@ def _nnx(case, momentum):
         y = layer(x)
         return y, nnx.state(layer, nnx.BatchStat)
 
-    return Layer(
-        params,
-        state,
-        apply,
-        lambda state: state["var"][...],
-        lambda params: (params["scale"][...], params["bias"][...]),
-    )
+    def params_of(params):
+        return params["scale"][...], params["bias"][...]
+
+    return Layer(params, state, apply, lambda state: state["var"][...], params_of)
 
 
 def _haiku(case, momentum):
     """Haiku keeps its parameters and its moments in x's dtype: bfloat16 statistics for bfloat16 x."""
-    import haiku as hk
-    import jax
-    import jax.numpy as jnp
-
-    last = case.axis % len(case.shape) == len(case.shape) - 1
+    hk = import_module("haiku")
 
     def forward(x, train):
-        layer = hk.BatchNorm(True, True, momentum, EPS, data_format="N...C" if last else "NC...")
+        layer = hk.BatchNorm(True, True, momentum, EPS, data_format="N...C" if case.last else "NC...")
         return layer(x, is_training=train)
 
     layer = hk.transform_with_state(forward)
-    params, state = layer.init(jax.random.key(0), jnp.zeros(_small(case), case.dtype), True)
+    params, state = layer.init(jax.random.key(0), _small(case), True)
 
     def apply(params, state, x):
         return layer.apply(params, state, None, x, case.train)
@@ -211,43 +220,31 @@ def _haiku(case, momentum):
 
 def _equinox(case, momentum):
     """Equinox normalizes under `vmap`; channels-last data is mapped over all its positions, its best case."""
-    import equinox as eqx
-    import jax
-    import jax.numpy as jnp
-
+    eqx = import_module("equinox")
     layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(
         case.channels, axis_name="batch", eps=EPS, momentum=momentum, mode="batch", inference=not case.train
     )
     params, rest = eqx.partition(layer, eqx.is_inexact_array)
-    first = case.axis % len(case.shape) == 1
     if not case.train:  # its state starts empty
-        mean, var = jnp.zeros(case.channels), jnp.ones(case.channels)
-        state = state.set(layer.batch_state_index, (mean, var))
+        state = state.set(layer.batch_state_index, (jnp.zeros(case.channels), jnp.ones(case.channels)))
 
     def apply(params, state, x):
-        flat = x if first else x.reshape(-1, case.channels)
+        flat = x if case.place == 1 else x.reshape(-1, case.channels)
         layer = eqx.combine(params, rest)
         y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(flat, state)
         return y.reshape(x.shape).astype(x.dtype), state
 
-    return Layer(
-        params,
-        state,
-        apply,
-        lambda state: state.get(layer.batch_state_index)[1],
-        lambda params: (params.weight, params.bias),
-    )
+    def var(state):
+        return state.get(layer.batch_state_index)[1]
+
+    return Layer(params, state, apply, var, lambda params: (params.weight, params.bias))
 
 
 def _keras(case, momentum):
-    import os
-
     os.environ["KERAS_BACKEND"] = "jax"
-    import jax.numpy as jnp
-    import keras
-
     policy = "mixed_bfloat16" if case.dtype == "bfloat16" else case.dtype
-    layer = keras.layers.BatchNormalization(axis=case.axis, momentum=momentum, epsilon=EPS, dtype=policy)
+    make = import_module("keras").layers.BatchNormalization
+    layer = make(axis=case.axis, momentum=momentum, epsilon=EPS, dtype=policy)
     layer.build((None, *case.shape[1:]))
     params = [jnp.asarray(v.value) for v in layer.trainable_variables]
     state = [jnp.asarray(v.value) for v in layer.non_trainable_variables]
@@ -258,35 +255,21 @@ def _keras(case, momentum):
     return Layer(params, state, apply, lambda state: state[1])
 
 
-def _far(case, momentum):
-    return _jbn(case, momentum, offset=FAR)
-
-
-def _jbn_masked(case, momentum):
-    return _jbn(case, momentum, masked=True)
-
-
-def _linen_masked(case, momentum):
-    return _linen(case, momentum, masked=True)
-
-
-def _linen_two_pass(case, momentum):
-    return _linen(case, momentum, fast=False)
-
-
 CONTESTANTS = {
     "jbn": Contestant("jbn", "jbn", _jbn),
-    "jbn_far": Contestant(f"jbn, mean/std {FAR:.0e}", "jbn", _far, offset=FAR),
+    "jbn_far": Contestant(f"jbn, mean/std {FAR:.0e}", "jbn", partial(_jbn, offset=FAR), offset=FAR),
     "linen": Contestant("flax.linen", "flax", _linen),
-    "linen_two_pass": Contestant("flax.linen, two-pass", "flax", _linen_two_pass),
+    "linen_two_pass": Contestant("flax.linen, two-pass", "flax", partial(_linen, fast=False)),
     "nnx": Contestant("flax.nnx", "flax", _nnx),
     "haiku": Contestant("haiku", "haiku", _haiku),
     "equinox": Contestant("equinox", "equinox", _equinox),
     "keras": Contestant("keras on JAX", "keras", _keras),
     "plain": Contestant("plain formula", "jax", _plain),
-    "torch": Contestant("torch", "torch", None, "torch"),
-    "torch_tuned": Contestant("torch, tuned malloc", "torch", None, "torch_tuned"),
-    "torch_compile": Contestant("torch.compile", "torch", None, "torch"),
-    "jbn_masked": Contestant("jbn, masked", "jbn", _jbn_masked),
-    "linen_masked": Contestant("flax.linen, masked", "flax", _linen_masked),
+    "torch": Contestant("torch", "torch"),
+    "torch_tuned": Contestant("torch, tuned malloc", "torch"),
+    "torch_compile": Contestant("torch.compile", "torch"),
+    "jbn_masked": Contestant("jbn, masked", "jbn", partial(_jbn, masked=True)),
+    "linen_masked": Contestant("flax.linen, masked", "flax", partial(_linen, masked=True)),
+    "copy": Contestant("copy of x", "jax"),
 }
+IN_JAX = [name for name, contestant in CONTESTANTS.items() if contestant.build is not None]
