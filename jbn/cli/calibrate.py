@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 import jbn
-from jbn.cli import display
 from jbn.cli.bad_input import BadInput
+from jbn.cli.documents import show
 from jbn.cli.network import build
 from jbn.cli.runs import accuracy, load_run, refusing
-from jbn.cli.saving import new_file, save_model
+from jbn.cli.models import save_model
+from jbn.cli.places import new_file
 
 __all__ = ["run"]
 
@@ -51,4 +52,4 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         f"{data.source}: test accuracy {before:.2%} before, {after:.2%} after",
         f"Written: {out}",
     ]
-    display.show_lines(document, lines)
+    show(document, lines)

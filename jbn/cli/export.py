@@ -10,11 +10,11 @@ import numpy as np
 from jax import export
 
 from jbn import BNStats
-from jbn.cli import display
 from jbn.cli.bad_input import BadInput
+from jbn.cli.documents import show
 from jbn.cli.network import NetworkSpec, build
 from jbn.cli.runs import Run, load_run, refusing
-from jbn.cli.saving import new_file
+from jbn.cli.places import new_file
 from jbn.export import describe, needs_float64, to_onnx, to_stablehlo
 
 __all__ = ["run"]
@@ -85,7 +85,7 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
         needs = ["jax", "flatbuffers", *["jax_enable_x64 on"] * (dtype == "float64")]
         how = f"jax.export.deserialize(open({str(out)!r}, 'rb').read()).call(x)"
         lines.append(f"To run it, with {', '.join(needs)}: {how}")
-    display.show_lines(document, lines)
+    show(document, lines)
 
 
 def _inputs_of(made: Run) -> BNStats:

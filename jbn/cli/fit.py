@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jbn.cli.batches import Batches
 from jbn.cli.data import Data
-from jbn.cli.devices import local, over_devices, replicated
+from jbn.cli.devices import local, over_devices
 from jbn.cli.network import loss_fn
 from jbn.networks import Network
 from jbn.training import TrainState
@@ -124,20 +124,19 @@ class Fit(NamedTuple):
 def fit(
     network: Network,
     step: Callable[..., Any],
-    start: SoFar,
+    so_far: SoFar,
     data: Data,
     batches: Batches,
     mesh: Mesh,
     report: Callable[[Progress], None],
     keeping: Keeping | None = None,
 ) -> Fit:
-    """Trains from ``start`` to the last of the batches, each of them split over the mesh.
+    """Trains from ``so_far``, on every device of the mesh, to the last of the batches, each of them split over it.
 
     ``step`` is made with ``axis_name=axis_of(mesh)``.
     """
     steps, length = batches.steps, batches.length(data.x)
     every = steps if keeping is None else keeping.every
-    so_far = start._replace(train_state=replicated(start.train_state, mesh))
     score = scorer(network)
     feeds = batches.feeds(data, mesh, so_far.steps, every)
     feed = next(feeds, None)

@@ -5,11 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jbn.cli import display
+from jbn.cli.documents import show
 from jbn.cli.fit import rows_of
 from jbn.cli.network import maker
 from jbn.cli.runs import accuracy, load_run, refusing
-from jbn.cli.saving import new_file, save_model
+from jbn.cli.models import save_model
+from jbn.cli.places import new_file
 from jbn.networks import fold
 
 __all__ = ["run"]
@@ -53,4 +54,4 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         f"Outputs differ by at most {difference:.2g}, where the largest is {largest:.3g}",
         f"Written: {out}",
     ]
-    display.show_lines(document, lines)
+    show(document, lines)

@@ -7,14 +7,14 @@ from typing import Any
 from rich.table import Table
 
 from jbn import report
-from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
+from jbn.cli.documents import show
 from jbn.cli.batches import Batches
 from jbn.cli.data import Data
 from jbn.cli.network import build
 from jbn.cli.runs import Run, accuracy, load_run
-from jbn.cli.saving import new_folder, replaced_files
+from jbn.cli.places import new_folder, replaced_files
 
 __all__ = ["run"]
 
@@ -52,7 +52,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         "",
         "Pictures: " + ", ".join(map(str, document["pictures"])),
     ]
-    display.show_lines(document, lines)
+    show(document, lines)
 
 
 def _as_table(found: report.Summary) -> Table:

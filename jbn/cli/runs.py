@@ -14,7 +14,7 @@ from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, Fitted, load_data
 from jbn.cli.fit import evaluate, scorer
 from jbn.cli.network import NetworkSpec
-from jbn.cli.saving import load_model
+from jbn.cli.models import load_model
 from jbn.networks import Network
 
 __all__ = ["Run", "accuracy", "load_run", "refusing"]

@@ -22,14 +22,16 @@ from jbn.cli.bad_input import BadInput
 from jbn.cli.batches import Batches
 from jbn.cli.checkpoints import alone_in
 from jbn.cli.data import Data, load_data
-from jbn.cli.devices import axis_of, make_cpu_devices, mesh_of
+from jbn.cli.devices import axis_of, make_cpu_devices, mesh_of, replicated
 from jbn.cli.fit import Fit, Progress, fit
 from jbn.cli.interrupt import check
 from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
 from jbn.cli.options import TrainOptions
 from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.resume import resumed
-from jbn.cli.saving import Place, results, save_model, to_json
+from jbn.cli.documents import show, to_json
+from jbn.cli.models import save_model
+from jbn.cli.places import Place, results
 from jbn.training import TrainState, make_train_step
 
 __all__ = ["run"]
@@ -59,7 +61,7 @@ def run(options: TrainOptions) -> None:
                 stack.close()
                 document["options"]["out"] = place.final  # another one, if the name was taken meanwhile
     if place is not None:
-        display.show(document)
+        show(document, display.lines_of(document))
 
 
 def _reserved(options: TrainOptions, stack: ExitStack) -> Place:
@@ -97,18 +99,19 @@ def _fits(
     """Where each network starts, and what its training gives."""
     optimizer = make_optimizer(options)
     starts, fits = {}, {}
-    with display.progress(list(specs), batches.total, first()) as show:
+    with display.progress(list(specs), batches.total, first()) as tell:
         for name, spec in specs.items():
 
-            def tell(made: Progress, name: str = name) -> None:
+            def report_of(made: Progress, name: str = name) -> None:
                 check()
-                show(name, made)
+                tell(name, made)
 
             check()
-            show(name, None)
+            tell(name, None)
             network = build(spec)
             params, state = network.init(jax.random.key(options.seed))
             starts[name] = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+            everywhere = replicated(starts[name], mesh)
             step = make_train_step(
                 network.apply,
                 loss_fn,
@@ -118,8 +121,8 @@ def _fits(
                 axis_name=axis_of(mesh),
                 sync_stats=options.stats == "global",
             )
-            with resumed(options, name, spec, data, starts[name], batches.steps) as (so_far, keeping):
-                fits[name] = fit(network, step, so_far, data, batches, mesh, tell, keeping)
+            with resumed(options, name, spec, data, everywhere, batches.steps) as (so_far, keeping):
+                fits[name] = fit(network, step, so_far, data, batches, mesh, report_of, keeping)
     return starts, fits
 
 

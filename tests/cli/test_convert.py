@@ -15,7 +15,7 @@ from support.saved_runs import call
 from jbn import BNStats
 from jbn.cli import main
 from jbn.cli.network import NetworkSpec, build
-from jbn.cli.saving import load_model, save_model
+from jbn.cli.models import load_model, save_model
 from jbn.convert import read_file, write_file
 
 STATE_DICT = {

@@ -10,7 +10,7 @@ from support.saved_runs import call
 
 from jbn.cli import main
 from jbn.cli.data import Fitted, load_data
-from jbn.cli.saving import load_model
+from jbn.cli.models import load_model
 
 SMALL = ("--epochs", 1, "--batch-size", 8, "--hidden", "3", "--no-compare")
 

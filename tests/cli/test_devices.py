@@ -41,9 +41,9 @@ def trained(file, devices, *, sync_stats=True, accumulate=1, epochs=2, batch_siz
         network.apply, loss_fn, optimizer, accumulate=accumulate, axis_name=axis_of(mesh), sync_stats=sync_stats
     )
     params, state = network.init(jax.random.key(0))
-    start = SoFar.at(TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32)))
+    start = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
     batches = Batches(len(data.x), batch_size, epochs, 0, accumulate)
-    return fit(network, step, start, data, batches, mesh, lambda progress: None)
+    return fit(network, step, SoFar.at(replicated(start, mesh)), data, batches, mesh, lambda progress: None)
 
 
 def results(done):
@@ -81,7 +81,7 @@ def test_a_run_goes_on_from_the_middle_of_an_epoch(data, monkeypatch):
     monkeypatch.setattr(SoFar, "after", lambda *given: passed.append(after(*given)) or passed[-1])
     whole = trained(data, 2, batch_size=8)
     assert [so_far.steps for so_far in passed] == [3, 6, 8, 11, 14, 16]
-    monkeypatch.setattr(SoFar, "at", lambda train_state: passed[3]._replace(train_state=local(passed[3].train_state)))
+    monkeypatch.setattr(SoFar, "at", lambda train_state: passed[3])
     again = trained(data, 2, batch_size=8)
     for a, b in zip(jax.tree.leaves(results(again)), jax.tree.leaves(results(whole)), strict=True):
         np.testing.assert_array_equal(a, b)

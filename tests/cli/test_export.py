@@ -15,7 +15,7 @@ from support.saved_runs import call, forward, images, standardized
 from jbn import BNStats, normalize_inputs
 from jbn.cli import main
 from jbn.cli.network import NetworkSpec, build, maker
-from jbn.cli.saving import load_model, save_model
+from jbn.cli.models import load_model, save_model
 from jbn.export import Array, describe
 from jbn.networks import fold
 

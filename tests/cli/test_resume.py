@@ -139,7 +139,7 @@ class TestInOneProcess:
 
     def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(self, finished, data, tmp_path, capsys):
         arguments, kept = (*MLP, *ALONE), shutil.copytree(finished / "kept", tmp_path / "kept")
-        (kept / "with" / "12" / "arrays" / "checkpoint" / "0").write_bytes(b"")
+        (kept / "with" / "12" / "train_state" / "manifest.ocdbt").write_bytes(b"")
         assert main(command(data, tmp_path / "resumed", *arguments, "--checkpoint-dir", kept)) == 0
         assert capsys.readouterr().err == (
             f"jbn: --checkpoint-dir: got {kept}/with with damage in 12; going on from 9.\n"

@@ -16,7 +16,7 @@ from jbn.cli import main
 from jbn.cli.activations import of_one_layer
 from jbn.cli.inspect import _as_table
 from jbn.cli.network import NetworkSpec, build
-from jbn.cli.saving import load_model, save_model
+from jbn.cli.models import load_model, save_model
 from jbn.report import LayerSummary, Summary
 
 

@@ -12,7 +12,8 @@ from support.saved_runs import call, images
 
 from jbn.cli.bad_input import BadInput
 from jbn.cli.network import NetworkSpec, build
-from jbn.cli.saving import load_model, new_file, replaced_files, save_model
+from jbn.cli.models import load_model, save_model
+from jbn.cli.places import new_file, replaced_files
 
 COMMANDS = ("inspect", "calibrate", "fold")
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.saved_runs import call
 
-from jbn.cli.saving import load_model
+from jbn.cli.models import load_model
 
 FILES = Path(__file__).parent / "files"
 

@@ -21,10 +21,11 @@ import jbn.cli.train
 from jbn.cli import display, main
 from jbn.cli.batches import Batches
 from jbn.cli.data import load_data
-from jbn.cli.devices import mesh_of
+from jbn.cli.devices import mesh_of, replicated
 from jbn.cli.fit import Fit, SoFar, fit
 from jbn.cli.network import NetworkSpec, build, loss_fn
-from jbn.cli.saving import load_model, save_model, to_json
+from jbn.cli.documents import show, to_json
+from jbn.cli.models import load_model, save_model
 from jbn.networks import mlp
 from jbn.training import TrainState, make_train_step
 
@@ -232,7 +233,7 @@ class TestTerminal:
         monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
         monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
         monkeypatch.setenv("COLUMNS", "300")
-        display.show(document)
+        show(document, display.lines_of(document))
         assert ("(--lr, now 0.25), and batches that are not small (--batch-size, now 8)" in terminal.getvalue()) == hint
 
 
@@ -313,7 +314,8 @@ class TestPieces:
         monkeypatch.setattr(jbn.cli.batches, "_STEPS_A_CALL", 3)
         monkeypatch.setattr(jbn.cli.fit, "_ROWS_A_CALL", 5)
         reports = []
-        done = fit(network, step, SoFar.at(start), loaded, batches, mesh_of(1), reports.append)
+        begun = SoFar.at(replicated(start, mesh_of(1)))
+        done = fit(network, step, begun, loaded, batches, mesh_of(1), reports.append)
         np.testing.assert_allclose(done.loss, losses, rtol=1e-5)
         np.testing.assert_allclose(done.epochs["test_accuracy"], accuracies)
         for a, b in zip(jax.tree.leaves(done.params), jax.tree.leaves(train_state.params), strict=True):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.saving import to_json
+from jbn.cli.documents import to_json
 from jbn.cli.streams import printing
 
 __all__ = ["progress", "show"]
