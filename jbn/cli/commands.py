@@ -13,7 +13,8 @@ import typer
 import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.options import TrainOptions, dashed
+from jbn.cli.options import TrainOptions
+from jbn.cli.parsers import dashed
 
 __all__ = ["parse"]
 

@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import Mesh
 
 from jbn.cli.batches import Batches
 from jbn.cli.data import Data
 from jbn.cli.devices import local, over_devices
-from jbn.cli.network import loss_fn
 from jbn.networks import Network
 from jbn.training import TrainState
 
-__all__ = ["Fit", "Keeping", "Progress", "SoFar", "evaluate", "fit", "rows_of", "scorer"]
+__all__ = ["Fit", "Keeping", "Progress", "SoFar", "evaluate", "fit", "loss_fn", "rows_of", "scorer"]
 
 _ROWS_A_CALL = 2048
 # Mini-batch losses are averaged over so many steps before they are held against a target.
@@ -186,6 +186,11 @@ def rows_of(values: Any) -> Iterator[Any]:
     """The rows of a set, as many at a time as fit an evaluation."""
     for i in range(0, len(values), _ROWS_A_CALL):
         yield values[i : i + _ROWS_A_CALL]
+
+
+def loss_fn(outputs: Any, y: Any) -> Any:
+    """Mean cross-entropy, of logits in at least float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y).mean()
 
 
 def scorer(network: Network) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 import jbn
 from jbn.cli.bad_input import BadInput
-from jbn.cli.network import NetworkSpec, build
+from jbn.cli.network import NetworkSpec
 
 __all__ = ["load_model", "named", "save_model"]
 
@@ -26,7 +26,7 @@ def save_model(file: Path, spec: NetworkSpec, params: Any, state: Any, inputs: j
 
     tree = {"params": params, "state": state, "inputs": inputs}
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in named(tree)[0]}
-    fields = {**spec._asdict(), "jbn": jbn.__version__}
+    fields = {**spec.stored, "jbn": jbn.__version__}
     fields["sha256"] = _digest(fields, tensors)
     file.write_bytes(save(tensors, {"network": json.dumps(fields)}))
 
@@ -59,8 +59,8 @@ def load_model(file: Path) -> tuple[NetworkSpec, Any, Any, jbn.BNStats]:
         if digest not in (None, _digest(fields, tensors)):
             raise _unreadable(file, "damaged: it is not as it was written")
         fields.pop("jbn", None)
-        spec = NetworkSpec.parsed(fields)
-        params, state = jax.eval_shape(build(spec).init, jax.random.key(0))
+        spec = NetworkSpec.read(fields)
+        params, state = jax.eval_shape(spec.make().init, jax.random.key(0))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise _unreadable(file, "it does not say which network it holds") from None
     mean = tensors.get("inputs/mean", np.zeros(()))

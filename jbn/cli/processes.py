@@ -21,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.interrupt import hear_again, signal_seen
-from jbn.cli.options import TrainOptions, dashed
+from jbn.cli.options import TrainOptions
+from jbn.cli.parsers import dashed
 
 __all__ = ["agreed", "first", "joined", "same", "supervised"]
 

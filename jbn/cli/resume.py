@@ -12,7 +12,8 @@ from jbn.cli.checkpoints import Checkpoint, checkpoints
 from jbn.cli.data import Data
 from jbn.cli.fit import Keeping, SoFar
 from jbn.cli.network import NetworkSpec
-from jbn.cli.options import TrainOptions, dashed
+from jbn.cli.options import TrainOptions
+from jbn.cli.parsers import dashed
 from jbn.cli.processes import agreed, same
 from jbn.training import TrainState
 
@@ -56,7 +57,7 @@ def resumed(
 def _identity(options: TrainOptions, spec: NetworkSpec, data: Data) -> dict[str, Any]:
     """Every option that changes the result, and the data themselves."""
     values = {dashed(each.name): getattr(options, each.name) for each in _binding()}
-    values |= {"--data": f"examples with the digest {data.digest}", "--norm": spec.norm or "none"}
+    values |= {"--data": f"examples with the digest {data.digest}", "--norm": spec.norm}
     if options.stats == "local":
         values["--devices"] = f"{options.shards} in all with --stats local"
     return values

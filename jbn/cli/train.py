@@ -3,7 +3,7 @@
 import math
 import platform
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 import jbn
@@ -23,15 +24,15 @@ from jbn.cli.batches import Batches
 from jbn.cli.checkpoints import alone_in
 from jbn.cli.data import Data, load_data
 from jbn.cli.devices import axis_of, make_cpu_devices, mesh_of, replicated
-from jbn.cli.fit import Fit, Progress, fit
+from jbn.cli.documents import show, to_json
+from jbn.cli.fit import Fit, Progress, fit, loss_fn
 from jbn.cli.interrupt import check
-from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
+from jbn.cli.models import save_model
+from jbn.cli.network import NetworkSpec
 from jbn.cli.options import TrainOptions
+from jbn.cli.places import Place, results
 from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.resume import resumed
-from jbn.cli.documents import show, to_json
-from jbn.cli.models import save_model
-from jbn.cli.places import Place, results
 from jbn.training import TrainState, make_train_step
 
 __all__ = ["run"]
@@ -97,7 +98,7 @@ def _fits(
     mesh: Mesh,
 ) -> tuple[dict[str, TrainState], dict[str, Fit]]:
     """Where each network starts, and what its training gives."""
-    optimizer = make_optimizer(options)
+    optimizer = _optimizer(options)
     starts, fits = {}, {}
     with display.progress(list(specs), batches.total, first()) as tell:
         for name, spec in specs.items():
@@ -108,7 +109,7 @@ def _fits(
 
             check()
             tell(name, None)
-            network = build(spec)
+            network = spec.make()
             params, state = network.init(jax.random.key(options.seed))
             starts[name] = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
             everywhere = replicated(starts[name], mesh)
@@ -155,22 +156,26 @@ def _save(
 
 def _specs(options: TrainOptions, data: Data) -> dict[str, NetworkSpec]:
     """The networks to train, by name: with batch norm and without it."""
-    inner = options.widths if options.network == "resnet" else options.hidden
-    shape = (data.x.shape[-1], *(inner or ()), data.classes)
-    kind, blocks = options.network, options.blocks or 0
-    norms = {"with": options.norm, "without": None}
+    spec = NetworkSpec.of(options, data.x.shape[-1], data.classes)
+    plain = {"without": replace(spec, norm="none")}
     if options.norm == "none":
-        norms = {"without": None}
-    elif not options.compare:
-        norms = {"with": options.norm}
-    specs = {
-        name: NetworkSpec(kind, shape, norm, options.activation, options.dtype, blocks) for name, norm in norms.items()
+        return plain
+    return {"with": spec, **(plain if options.compare else {})}
+
+
+def _optimizer(options: TrainOptions) -> optax.GradientTransformation:
+    """Weight decay is decoupled from it, and leaves γ, β and b alone."""
+    rules = {
+        "sgd": optax.identity,
+        "momentum": lambda: optax.trace(decay=0.9),
+        "rmsprop": optax.scale_by_rms,
+        "adam": optax.scale_by_adam,
     }
-    for spec in specs.values():
-        if spec.excess:
-            option = "--hidden" if kind == "mlp" else "--widths"
-            raise BadInput(f"{option}: got {spec.excess}; choose fewer or narrower layers.")
-    return specs
+    return optax.chain(
+        rules[options.optimizer](),
+        optax.add_decayed_weights(options.weight_decay, mask=jbn.weight_decay_mask),
+        optax.scale_by_learning_rate(options.lr),
+    )
 
 
 def _document(

@@ -1,15 +1,20 @@
 """Checkpoints: the newest good one comes back bit for bit, whatever happened to the files."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 from support.saved_checkpoints import IDENTITY, made, newest, saved
 
 from jbn.cli.bad_input import BadInput
@@ -54,6 +59,74 @@ class TestWhole:
 
     def test_three_are_kept(self, tmp_path):
         assert sorted(os.listdir(saved(tmp_path, 10, 20, 30, 40, 50))) == ["30", "40", "50"]
+
+
+# A program that has no jbn.
+READER = """
+import sys
+for name in ("jbn", "optax", "flax", "typer", "safetensors"):
+    sys.modules[name] = None  # an import of it fails
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
+from orbax.checkpoint import CheckpointManager
+from orbax.checkpoint.args import Composite, JsonRestore, StandardRestore
+with CheckpointManager(sys.argv[1]) as manager:
+    items = Composite(train_state=StandardRestore(), histories=StandardRestore(), record=JsonRestore())
+    found = manager.restore(manager.latest_step(), args=items)
+assert found.record["step"] == manager.latest_step(), found.record
+leaves = tree_leaves_with_path({"train_state": found.train_state, "histories": found.histories})
+np.savez(sys.argv[2], **{keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves})
+"""
+
+
+class TestOrbax:
+    @pytest.mark.processes
+    def test_a_program_without_jbn_restores_a_run_with_orbax_alone(self, finished, tmp_path):
+        environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
+        command = [sys.executable, "-c", READER, finished / "kept" / "with", tmp_path / "found.npz"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, done.stderr
+        history = json.loads((finished / "out" / "metrics.json").read_text())["history"]["with"]
+        model = load_file(finished / "out" / "with.safetensors")
+        with np.load(tmp_path / "found.npz") as found:
+            assert found["train_state/step"] == 12
+            np.testing.assert_array_equal(found["train_state/params/0/W"], model["params/0/W"])
+            np.testing.assert_array_equal(found["train_state/params/1/bn/gamma"], model["params/1/bn/gamma"])
+            np.testing.assert_array_equal(found["train_state/bn_state/1/var"], model["state/1/var"])
+            np.testing.assert_array_equal(found["histories/loss"], np.float32(history["loss"]))
+            np.testing.assert_array_equal(found["histories/test_accuracy"], history["test_accuracy"])
+
+    def test_training_goes_on_while_a_checkpoint_is_written(self, tmp_path):
+        """What makes it whole is held up, in a thread of its own, until the call that saves it has returned."""
+        returned = threading.Event()
+
+        def wait(event, arguments):
+            if event == "os.rename" and str(tmp_path / "10.") in str(arguments[0]) and not returned.is_set():
+                assert threading.current_thread() is not threading.main_thread()
+                returned.wait(60)
+
+        sys.addaudithook(wait)
+        with checkpoints(tmp_path, IDENTITY) as each:
+            each.save(made(10))
+            assert not (tmp_path / "10").exists()
+            returned.set()
+        assert os.listdir(tmp_path) == ["10"]
+        same(newest(tmp_path), made(10))
+
+    def test_arrays_are_saved_as_they_lie_on_devices_and_restored_to_where_they_are_wanted(self, tmp_path):
+        def laid_out(devices, spec):
+            mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+            specs = {"params": [{"W": spec}], "step": P()}
+            return jax.device_put(made(10).train_state, jax.tree.map(lambda each: NamedSharding(mesh, each), specs))
+
+        with checkpoints(tmp_path, IDENTITY) as each:
+            each.save(made(10)._replace(train_state=laid_out(3, P("data"))))
+        for devices, spec in ((1, P()), (8, P()), (2, P("data"))):
+            like = laid_out(devices, spec)
+            found = newest(tmp_path, like=like)
+            same(found, made(10))
+            for array, wanted in zip(jax.tree.leaves(found.train_state), jax.tree.leaves(like), strict=True):
+                assert array.sharding == wanted.sharding
 
 
 class TestDamaged:

@@ -17,8 +17,7 @@ from jbn.cli import main
 from jbn.cli.batches import Batches
 from jbn.cli.data import load_data
 from jbn.cli.devices import axis_of, local, mesh_of, replicated, split
-from jbn.cli.fit import SoFar, fit
-from jbn.cli.network import loss_fn
+from jbn.cli.fit import SoFar, fit, loss_fn
 from jbn.networks import mlp
 from jbn.training import TrainState, make_train_step
 

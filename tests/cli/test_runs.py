@@ -15,8 +15,8 @@ import jbn
 from jbn.cli import main
 from jbn.cli.activations import of_one_layer
 from jbn.cli.inspect import _as_table
-from jbn.cli.network import NetworkSpec, build
 from jbn.cli.models import load_model, save_model
+from jbn.cli.network import NetworkSpec
 from jbn.report import LayerSummary, Summary
 
 
@@ -39,9 +39,17 @@ class TestResnet:
         _, x, _, y = split()
         for name in ("with", "without"):
             spec, params, state, inputs = load_model(folder / "run" / f"{name}.safetensors")
-            assert spec == NetworkSpec("resnet", (2, 4, 5, 3), "z" if name == "with" else None, "relu", "float32", 1)
+            assert spec == NetworkSpec(
+                "resnet",
+                "z" if name == "with" else "none",
+                inputs=2,
+                widths=(4, 5),
+                blocks=1,
+                classes=3,
+                activation="relu",
+            )
             z, _ = jbn.normalize_inputs(x, inputs)
-            outputs, _ = build(spec).apply(params, state, z, train=False)
+            outputs, _ = spec.make().apply(params, state, z, train=False)
             accuracy = np.mean(np.argmax(np.asarray(outputs), -1) == y)
             assert accuracy == pytest.approx(printed["summary"][name]["test_accuracy"])
 
@@ -204,7 +212,7 @@ class TestFold:
         _, params, state, inputs = load_model(run / "with.safetensors")
         wanted, _ = forward(params, state, standardized(x, inputs))
         spec, params, state, inputs = load_model(run / "f.safetensors")
-        assert spec.norm is None
+        assert spec.norm == "none"
         assert [layer["bn"] for layer in params] == [None] * 3
         assert state == [None] * 3
         got, _ = forward(params, state, standardized(x, inputs))

@@ -22,10 +22,10 @@ from jbn.cli import display, main
 from jbn.cli.batches import Batches
 from jbn.cli.data import load_data
 from jbn.cli.devices import mesh_of, replicated
-from jbn.cli.fit import Fit, SoFar, fit
-from jbn.cli.network import NetworkSpec, build, loss_fn
 from jbn.cli.documents import show, to_json
+from jbn.cli.fit import Fit, SoFar, fit, loss_fn
 from jbn.cli.models import load_model, save_model
+from jbn.cli.network import NetworkSpec
 from jbn.networks import mlp
 from jbn.training import TrainState, make_train_step
 
@@ -119,7 +119,7 @@ class TestDefaultRun:
         for name in ("with", "without"):
             spec, params, state, inputs = load_model(made / f"{name}.safetensors")
             z, _ = jbn.normalize_inputs(x.astype(np.float32)[..., None], inputs)
-            outputs, _ = build(spec).apply(params, state, z.reshape(len(z), -1), train=False)
+            outputs, _ = spec.make().apply(params, state, z.reshape(len(z), -1), train=False)
             accuracy = np.mean(np.argmax(np.asarray(outputs), -1) == y)
             assert accuracy == pytest.approx(printed["summary"][name]["test_accuracy"], abs=1e-9)
 
@@ -355,8 +355,8 @@ class TestPieces:
         assert steps_to([3.0, 1.0], 2.0) == 2
 
     def test_a_model_reloads_to_equal_arrays(self, tmp_path):
-        spec = NetworkSpec("mlp", (3, 4, 2), "z", "tanh", "bfloat16")
-        params, state = build(spec).init(jax.random.key(5))
+        spec = NetworkSpec(inputs=3, hidden=(4,), classes=2, norm="z", activation="tanh", dtype="bfloat16")
+        params, state = spec.make().init(jax.random.key(5))
         _, inputs = jbn.normalize_inputs(np.eye(3, dtype=np.float32))
         save_model(tmp_path / "m.safetensors", spec, params, state, inputs)
         again = load_model(tmp_path / "m.safetensors")
@@ -369,8 +369,8 @@ class TestPieces:
 
     def test_model_files_of_identical_runs_are_the_same_bytes(self, tmp_path):
         """Some tens of writes: the order of metadata was drawn anew for each."""
-        spec = NetworkSpec("mlp", (3, 4, 2), "z", "tanh", "float32")
-        params, state = build(spec).init(jax.random.key(5))
+        spec = NetworkSpec(inputs=3, hidden=(4,), classes=2, norm="z", activation="tanh")
+        params, state = spec.make().init(jax.random.key(5))
         written = set()
         for _ in range(20):
             save_model(tmp_path / "m", spec, params, state, jbn.BNStats(*np.zeros((3, 3))))
@@ -380,8 +380,8 @@ class TestPieces:
     def test_model_files_name_their_arrays(self, tmp_path):
         from safetensors.numpy import load_file
 
-        spec = NetworkSpec("mlp", (3, 4, 2), "z", "tanh", "float32")
-        params, state = build(spec).init(jax.random.key(5))
+        spec = NetworkSpec(inputs=3, hidden=(4,), classes=2, norm="z", activation="tanh")
+        params, state = spec.make().init(jax.random.key(5))
         save_model(tmp_path / "m.safetensors", spec, params, state, jbn.BNStats(*np.zeros((3, 3), np.float32)))
         assert sorted(load_file(tmp_path / "m.safetensors")) == [
             "inputs/count",
