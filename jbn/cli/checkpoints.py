@@ -14,37 +14,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from jbn.cli.bad_input import BadInput
-from jbn.cli.locks import take
+from jbn.cli.fit import SoFar
 from jbn.cli.models import named
 from jbn.cli.streams import say
 
-__all__ = ["Checkpoint", "Checkpoints", "alone_in", "checkpoints"]
+__all__ = ["Checkpoints", "checkpoints"]
 
 # The newest, and what is left should it turn out to be damaged.
 _KEPT = 3
 _OTHER = "or choose another --checkpoint-dir"
 _WRITABLE = f"a folder that can be written to; {_OTHER[3:]}"
 _ROOM = f"room for {_KEPT + 1} checkpoints; make room, and start again to go on from the last one that is whole"
-
-
-class Checkpoint(NamedTuple):
-    """Where a run stood.
-
-    Attributes:
-        step: how many steps it had made.
-        train_state: a pytree of arrays, on the devices of the run.
-        histories: what was seen on the way, arrays by their names; the host's, and none of them empty.
-    """
-
-    step: int
-    train_state: Any
-    histories: dict[str, np.ndarray]
 
 
 @contextmanager
@@ -93,25 +79,8 @@ def checkpoints(
         reader.close()
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder of checkpoints, which is made if need be."""
-    with _reported(folder, _WRITABLE):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = take(folder / ".lock")
-    if lock is None:
-        raise BadInput(
-            f"--checkpoint-dir: got {folder}, which another run is using; expected one that no run is writing to; wait "
-            f"until it has ended, {_OTHER}."
-        )
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
 class Checkpoints:
-    """The checkpoints of one network: ``newest(like)`` to go on from, and ``save(checkpoint)``."""
+    """The checkpoints of one network: ``newest(start)`` to go on from, and ``save(so_far)``."""
 
     def __init__(self, manager: Any, reader: Any, folder: Path, identity: dict[str, Any], defaults: dict[str, Any]):
         self._manager, self._reader = manager, reader
@@ -119,11 +88,8 @@ class Checkpoints:
         self._identity, self._defaults = json.loads(json.dumps((identity, defaults)))
         self._damaged: list[int] = []
 
-    def newest(self, like: Any) -> Checkpoint | None:
-        """The last checkpoint that is as it was written, None if there is none at all.
-
-        Args:
-            like: a train state of arrays; that of the checkpoint has its structure and its shardings.
+    def newest(self, start: SoFar) -> SoFar:
+        """The last checkpoint that is as it was written, on the devices of ``start``; that itself if there is none.
 
         Raises:
             BadInput: all of them are damaged, or they belong to another run.
@@ -131,7 +97,7 @@ class Checkpoints:
         steps = sorted(self._reader.all_steps(), reverse=True)
         for step in steps:
             try:
-                found = self._read(step, like)
+                found = self._read(step, start)
             except BadInput:
                 raise
             except Exception:  # a damaged file can fail in any way: JSON, zarr, a size that memory has no room for
@@ -146,24 +112,25 @@ class Checkpoints:
                 f"--checkpoint-dir: got {self._folder}, where every checkpoint is damaged ({self._names()}); expected "
                 f"one that is as it was written; remove them to start again, {_OTHER}."
             )
-        return None
+        return start
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, so_far: SoFar) -> None:
         """Begins to write a checkpoint, and lets go of the oldest; a failure of the one before is raised here."""
         from orbax.checkpoint import args
 
-        record = {"step": checkpoint.step, "identity": self._identity, "arrays": _manifest(checkpoint)}
+        kept = so_far._replace(histories={name: array for name, array in so_far.histories.items() if array.size})
+        record = {"step": kept.steps, "identity": self._identity, "arrays": _manifest(kept)}
         items = args.Composite(
-            train_state=args.StandardSave(checkpoint.train_state),
-            histories=args.StandardSave(checkpoint.histories),
+            train_state=args.StandardSave(kept.train_state),
+            histories=args.StandardSave(kept.histories),  # none of them empty, which Orbax does not take
             record=args.JsonSave({**record, "sha256": _digest(record)}),
         )
         with _reported(self._folder, _ROOM):
             while self._damaged:
                 self._manager.delete(self._damaged.pop())
-            self._manager.save(checkpoint.step, args=items, force=True)
+            self._manager.save(kept.steps, args=items, force=True)
 
-    def _read(self, step: int, like: Any) -> Checkpoint | None:
+    def _read(self, step: int, start: SoFar) -> SoFar | None:
         """A checkpoint; None, or any exception, where it is not as it was written."""
         from orbax.checkpoint import args
 
@@ -178,13 +145,16 @@ class Checkpoints:
             return None
         self._refuse_other(record["identity"])
         if packed is not None:
-            return _unpacked(step, packed, like)
-        _refuse_unlike(like, {name: (dtype, shape) for name, (dtype, shape, _) in record["arrays"].items()})
-        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
-        found = items(train_state=args.StandardRestore(state), histories=args.StandardRestore())
-        histories = {name: np.asarray(array) for name, array in found.histories.items()}
-        checkpoint = Checkpoint(step, found.train_state, histories)
-        return checkpoint if _manifest(checkpoint) == record["arrays"] else None
+            found = _unpacked(packed, start)
+        else:
+            _refuse_unlike(start, {name: (dtype, shape) for name, (dtype, shape, _) in record["arrays"].items()})
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), start.train_state
+            )
+            found = SoFar(**items(train_state=args.StandardRestore(like), histories=args.StandardRestore()))
+            if _manifest(found) != record["arrays"]:
+                return None
+        return found._replace(histories={**start.histories, **found.histories})
 
     def _refuse_other(self, identity: dict[str, Any]) -> None:
         identity = {**{name: value for name, value in self._defaults.items() if name in self._identity}, **identity}
@@ -200,24 +170,25 @@ class Checkpoints:
         return ", ".join(map(str, self._damaged))
 
 
-def _unpacked(step: int, packed: np.ndarray, like: Any) -> Checkpoint:
+def _unpacked(packed: np.ndarray, start: SoFar) -> SoFar:
     """A checkpoint of version 0.1.0: all arrays, with their names, as the bytes of one safetensors file."""
     from safetensors.numpy import load
 
     arrays = load(packed.tobytes())
-    _refuse_unlike(like, {name: (str(array.dtype), list(array.shape)) for name, array in arrays.items()})
+    _refuse_unlike(start, {name: (str(array.dtype), list(array.shape)) for name, array in arrays.items()})
+    leaves, treedef = named({"train_state": start.train_state})
 
-    def placed(path: Any, leaf: jax.Array) -> jax.Array:
-        array = arrays.pop("train_state/" + jax.tree_util.keystr(path, simple=True, separator="/"))
+    def placed(name: str, leaf: jax.Array) -> jax.Array:
+        array = arrays.pop(name)
         return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
 
-    train_state = jax.tree_util.tree_map_with_path(placed, like)
-    return Checkpoint(step, train_state, {name.removeprefix("epochs/"): array for name, array in arrays.items()})
+    train_state = jax.tree.unflatten(treedef, [placed(*each) for each in leaves])["train_state"]
+    return SoFar(train_state, {name.removeprefix("epochs/"): array for name, array in arrays.items()})
 
 
-def _refuse_unlike(like: Any, found: dict[str, tuple[str, list[int]]]) -> None:
+def _refuse_unlike(start: SoFar, found: dict[str, tuple[str, list[int]]]) -> None:
     """Whether a checkpoint holds every array of a train state."""
-    for name, leaf in named({"train_state": like})[0]:
+    for name, leaf in named({"train_state": start.train_state})[0]:
         if found.get(name) != (str(leaf.dtype), list(leaf.shape)):
             raise BadInput(
                 f"--checkpoint-dir: got checkpoints without an array {name} {leaf.dtype}{list(leaf.shape)}; expected "
@@ -225,10 +196,10 @@ def _refuse_unlike(like: Any, found: dict[str, tuple[str, list[int]]]) -> None:
             )
 
 
-def _manifest(checkpoint: Checkpoint) -> dict[str, list[Any]]:
+def _manifest(so_far: SoFar) -> dict[str, list[Any]]:
     """Dtype, shape and digest of each array, by its name; every process can read all of them."""
     found = {}
-    for name, leaf in named({"train_state": checkpoint.train_state, "histories": checkpoint.histories})[0]:
+    for name, leaf in named(so_far._asdict())[0]:
         found[name] = [str(leaf.dtype), list(leaf.shape), hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()]
     return found
 

@@ -1,5 +1,6 @@
 """Where results appear: folders and files that are there whole or not at all, and that no two runs share."""
 
+import errno
 import hashlib
 import itertools
 import os
@@ -11,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jbn.cli.bad_input import BadInput
-from jbn.cli.locks import take
 from jbn.cli.streams import say
 
-__all__ = ["Place", "new_file", "new_folder", "replaced_files", "results"]
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Place", "alone_in", "new_file", "new_folder", "replaced_files", "results", "take"]
 
 _STALE = 60.0  # s
 
@@ -177,3 +182,38 @@ def _refuse_taken(file: Path) -> None:
             f"--out: got {file}, which exists already; expected a new file, so that nothing is lost; "
             f"choose another FILE."
         )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder of checkpoints, which is made if need be."""
+    other = "choose another --checkpoint-dir"
+    with _reported(f"--checkpoint-dir: got {folder}", "expected a folder", other):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = take(folder / ".lock")
+    if lock is None:
+        raise BadInput(
+            f"--checkpoint-dir: got {folder}, which another run is using; expected one that no run is writing to; wait "
+            f"until it has ended, or {other}."
+        )
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def take(file: Path) -> int | None:
+    """Locks a file, which is made if need be: a descriptor to close when done, or None if another one holds it.
+
+    The operating system gives the lock back when the process that holds it ends, however it ends.
+    """
+    held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(held)
+            return None
+        # Any other error says that this file system has no locks.
+    return held

@@ -21,16 +21,15 @@ from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.batches import Batches
-from jbn.cli.checkpoints import alone_in
 from jbn.cli.data import Data, load_data
 from jbn.cli.devices import axis_of, make_cpu_devices, mesh_of, replicated
 from jbn.cli.documents import show, to_json
-from jbn.cli.fit import Fit, Progress, fit, loss_fn
+from jbn.cli.fit import Progress, SoFar, fit, loss_fn
 from jbn.cli.interrupt import check
 from jbn.cli.models import save_model
 from jbn.cli.network import NetworkSpec
 from jbn.cli.options import TrainOptions
-from jbn.cli.places import Place, results
+from jbn.cli.places import Place, alone_in, results
 from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.resume import resumed
 from jbn.training import TrainState, make_train_step
@@ -96,7 +95,7 @@ def _fits(
     data: Data,
     batches: Batches,
     mesh: Mesh,
-) -> tuple[dict[str, TrainState], dict[str, Fit]]:
+) -> tuple[dict[str, TrainState], dict[str, SoFar]]:
     """Where each network starts, and what its training gives."""
     optimizer = _optimizer(options)
     starts, fits = {}, {}
@@ -131,25 +130,26 @@ def _save(
     folder: Path,
     document: dict[str, Any],
     specs: dict[str, NetworkSpec],
-    fits: dict[str, Fit],
+    fits: dict[str, SoFar],
     data: Data,
 ) -> None:
     """Pictures, metrics and models."""
     curves = {
-        f"{name} batch norm": {"loss": done.loss, "accuracy": done.epochs["test_accuracy"]}
+        f"{name} batch norm": {"loss": done.histories["loss"], "accuracy": done.epochs["test_accuracy"]}
         for name, done in fits.items()
     }
     report.plot_curves(curves).savefig(folder / "curves.png")
     values: dict[str, Any] = {}
     for name, done in fits.items():
-        values |= of_one_layer(specs[name], done.params, done.state, data.x_test)
+        values |= of_one_layer(specs[name], *done.train_state[:2], data.x_test)
     _, _, layer = last_layer(next(iter(specs.values())))
     title = f"{layer}, test examples, after training"
     report.plot_activations(values, title=title).savefig(folder / "activations.png")
     for name, done in fits.items():
-        save_model(folder / f"{name}.safetensors", specs[name], done.params, done.state, data.inputs)
+        save_model(folder / f"{name}.safetensors", specs[name], *done.train_state[:2], data.inputs)
     histories = {
-        name: {"loss": done.loss, "skipped": np.flatnonzero(done.skipped), **done.epochs} for name, done in fits.items()
+        name: {"loss": done.histories["loss"], "skipped": np.flatnonzero(done.histories["skipped"]), **done.epochs}
+        for name, done in fits.items()
     }
     (folder / "metrics.json").write_text(to_json({**document, "history": histories}), encoding="utf-8")
 
@@ -179,19 +179,16 @@ def _optimizer(options: TrainOptions) -> optax.GradientTransformation:
 
 
 def _document(
-    options: TrainOptions, data: Data, steps: int, starts: dict[str, TrainState], fits: dict[str, Fit]
+    options: TrainOptions, data: Data, steps: int, starts: dict[str, TrainState], fits: dict[str, SoFar]
 ) -> dict[str, Any]:
     """What is printed, and heads metrics.json."""
     summary = {
         name: {
-            "train_loss": done.epochs["train_loss"][-1],
-            "train_accuracy": done.epochs["train_accuracy"][-1],
-            "test_loss": done.epochs["test_loss"][-1],
-            "test_accuracy": done.epochs["test_accuracy"][-1],
+            **{score: values[-1] for score, values in done.epochs.items()},
             "steps_to_target": done.steps_to(options.target_loss),
             "ms_per_step": done.ms_per_step,
-            "compile_s": done.compile_s,
-            "skipped_steps": int(done.skipped.sum()),
+            "compile_s": done.histories["compile_s"].item(),
+            "skipped_steps": int(done.histories["skipped"].sum()),
         }
         for name, done in fits.items()
     }

@@ -15,20 +15,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
-from support.saved_checkpoints import IDENTITY, made, newest, saved
+from support.saved_checkpoints import IDENTITY, START, made, newest, saved
 
 from jbn.cli.bad_input import BadInput
 from jbn.cli.checkpoints import checkpoints
 
-LIKE = made(0).train_state
 WRITABLE = "expected a folder that can be written to; choose another --checkpoint-dir."
 
 
 def same(left, right):
-    assert left.step == right.step
-    trees = [(each.train_state, each.histories) for each in (left, right)]
-    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
-    for array, other in zip(*map(jax.tree.leaves, trees), strict=True):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for array, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         array, other = np.asarray(array), np.asarray(other)
         assert (array.shape, array.dtype, array.tobytes()) == (other.shape, other.dtype, other.tobytes())
 
@@ -54,7 +51,7 @@ class TestWhole:
         assert capsys.readouterr() == ("", "")
 
     def test_an_empty_folder_has_none_and_a_missing_one_is_made(self, tmp_path):
-        assert newest(tmp_path / "a" / "b") is None
+        assert newest(tmp_path / "a" / "b") is START
         assert (tmp_path / "a" / "b").is_dir()
 
     def test_three_are_kept(self, tmp_path):
@@ -123,7 +120,7 @@ class TestOrbax:
             each.save(made(10)._replace(train_state=laid_out(3, P("data"))))
         for devices, spec in ((1, P()), (8, P()), (2, P("data"))):
             like = laid_out(devices, spec)
-            found = newest(tmp_path, like=like)
+            found = newest(tmp_path, start=START._replace(train_state=like))
             same(found, made(10))
             for array, wanted in zip(jax.tree.leaves(found.train_state), jax.tree.leaves(like), strict=True):
                 assert array.sharding == wanted.sharding
@@ -144,9 +141,9 @@ class TestDamaged:
                 else:
                     file.write_bytes(damaged)
                 found, err = newest(folder), capsys.readouterr().err
-                same(found, made(found.step))
-                assert err == ("" if found.step == 20 else self.WARNING.format(folder))
-                noticed |= {file.parent.name} if found.step == 10 else set()
+                same(found, made(found.steps))
+                assert err == ("" if found.steps == 20 else self.WARNING.format(folder))
+                noticed |= {file.parent.name} if found.steps == 10 else set()
             file.write_bytes(content)
         assert {"record", "train_state", "histories", "d"} <= noticed
         same(newest(folder), made(20))
@@ -173,7 +170,7 @@ class TestDamaged:
         for step in (20, 30):
             (folder / str(step) / "train_state" / "manifest.ocdbt").write_bytes(b"")
         with checkpoints(folder, IDENTITY) as each:
-            same(each.newest(LIKE), made(10))
+            same(each.newest(START), made(10))
             each.save(made(20))
         assert " 30, 20; going on from 10.\n" in capsys.readouterr().err
         assert sorted(os.listdir(folder)) == ["10", "20"]
@@ -211,12 +208,12 @@ class TestRefused:
     def test_an_option_that_the_checkpoints_do_not_know_counts_as_its_default(self, tmp_path):
         folder, defaults = saved(tmp_path, 10), {"--new": 3, "--lr": 0.5}
         with checkpoints(folder, {**IDENTITY, "--new": 3}, defaults) as each:
-            same(each.newest(LIKE), made(10))
+            same(each.newest(START), made(10))
         with (
             checkpoints(folder, {**IDENTITY, "--new": 4}, defaults) as each,
             pytest.raises(BadInput, match="--new: got 4; expected 3, as in the checkpoints"),
         ):
-            each.newest(LIKE)
+            each.newest(START)
 
     def test_a_file_in_the_place_of_the_folder(self, tmp_path):
         (file := tmp_path / "file").write_bytes(b"")

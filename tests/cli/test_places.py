@@ -10,9 +10,7 @@ from support.saved_runs import two_classes
 import jbn.cli.train
 from jbn.cli import main
 from jbn.cli.bad_input import BadInput
-from jbn.cli.checkpoints import alone_in
-from jbn.cli.locks import take
-from jbn.cli.places import new_file, new_folder, results
+from jbn.cli.places import alone_in, new_file, new_folder, results, take
 
 SMALL = ("--epochs", "1", "--batch-size", "32", "--hidden", "3", "--norm", "none")
 
@@ -128,7 +126,7 @@ class TestLeftovers:
         def none(*arguments):
             raise OSError(38, "Function not implemented")
 
-        monkeypatch.setattr("jbn.cli.locks.fcntl.flock", none)
+        monkeypatch.setattr("jbn.cli.places.fcntl.flock", none)
         with new_folder(tmp_path / "out") as work:
             (work / "file").touch()
         assert os.listdir(tmp_path / "out") == ["file"]

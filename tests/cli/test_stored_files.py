@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from support.saved_runs import call
 
 from jbn.cli.checkpoints import checkpoints
+from jbn.cli.fit import SoFar
 from jbn.cli.models import load_model
 from jbn.training import TrainState
 
@@ -65,8 +66,8 @@ def test_a_checkpoint_of_either_format_is_read_to_the_same_bits(name, tmp_path, 
     like = TrainState(params, state, opt_state, jnp.zeros((), jnp.int32))
     record = json.loads((folder / "kept" / "with" / "4" / "record" / "metadata").read_text())
     with checkpoints(folder / "kept" / "with", record["identity"]) as kept:
-        found = kept.newest(like)
-    assert found.step == 4
+        found = kept.newest(SoFar.at(like))
+    assert found.steps == 4
     leaves = jax.tree_util.tree_leaves_with_path({"train_state": found.train_state})
     got = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
     got |= found.histories

@@ -23,7 +23,7 @@ from jbn.cli.batches import Batches
 from jbn.cli.data import load_data
 from jbn.cli.devices import mesh_of, replicated
 from jbn.cli.documents import show, to_json
-from jbn.cli.fit import Fit, SoFar, fit, loss_fn
+from jbn.cli.fit import SoFar, fit, loss_fn
 from jbn.cli.models import load_model, save_model
 from jbn.cli.network import NetworkSpec
 from jbn.networks import mlp
@@ -316,11 +316,11 @@ class TestPieces:
         reports = []
         begun = SoFar.at(replicated(start, mesh_of(1)))
         done = fit(network, step, begun, loaded, batches, mesh_of(1), reports.append)
-        np.testing.assert_allclose(done.loss, losses, rtol=1e-5)
+        np.testing.assert_allclose(done.histories["loss"], losses, rtol=1e-5)
         np.testing.assert_allclose(done.epochs["test_accuracy"], accuracies)
-        for a, b in zip(jax.tree.leaves(done.params), jax.tree.leaves(train_state.params), strict=True):
+        for a, b in zip(jax.tree.leaves(done.train_state.params), jax.tree.leaves(train_state.params), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-        outputs, _ = network.apply(done.params, done.state, loaded.x, train=False)
+        outputs, _ = network.apply(*done.train_state[:2], loaded.x, train=False)
         np.testing.assert_allclose(done.epochs["train_loss"][-1], loss_fn(outputs, loaded.y), rtol=1e-5)
         assert [report.steps for report in reports] == [3, 3, 2, 0] * 2
         assert [report.accuracy for report in reports] == [None] * 3 + accuracies[:1] * 4 + accuracies[1:]
@@ -346,7 +346,7 @@ class TestPieces:
 
     def test_steps_to_a_loss_average_ten_steps(self):
         def steps_to(losses, target):
-            return Fit(None, None, np.array(losses), np.zeros(0), {}, 0.0, 0.0).steps_to(target)
+            return SoFar(None, {"loss": np.array(losses)}).steps_to(target)
 
         losses = [2.0] * 9 + [0.0] + [1.0] * 10
         assert steps_to(losses, 1.8) == 10

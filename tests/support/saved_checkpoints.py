@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn.cli.checkpoints import Checkpoint, checkpoints
+from jbn.cli.checkpoints import checkpoints
+from jbn.cli.fit import SoFar
 from jbn.cli.streams import hush
 
 hush()  # as the command line does
@@ -22,12 +23,15 @@ def made(step):
     loss[:1] = np.nan
     train_state = {"params": [{"W": rng.normal(size=(6, 5)).astype(np.float32)}], "step": np.asarray(step, np.int32)}
     histories = {"loss": loss, "skipped": np.isnan(loss), "test_accuracy": rng.uniform(size=step // 10)}
-    return Checkpoint(step, jax.tree.map(jnp.asarray, train_state), histories)
+    return SoFar(jax.tree.map(jnp.asarray, train_state), histories)
 
 
-def newest(folder, identity=IDENTITY, like=None):
+START = made(0)
+
+
+def newest(folder, identity=IDENTITY, start=START):
     with checkpoints(folder, identity) as each:
-        return each.newest(made(0).train_state if like is None else like)
+        return each.newest(start)
 
 
 def saved(folder, *steps, identity=IDENTITY):
