@@ -66,13 +66,13 @@ def checkpoints(
         yield Checkpoints(manager, reader, folder, identity, defaults or {})
         with _reported(folder, _ROOM):
             manager.close()
-    except BaseException as error:
+    except BaseException:
         if jax.process_count() == 1:  # of several, one that is gone would be waited for
             own = [each for each in threading.enumerate() if type(each).__module__.startswith("orbax.")]
             for end in (manager.close, *(thread.join for thread in own)):
                 with suppress(Exception):
                     end()
-        if isinstance(error, BadInput) and process == 0:
+        if process == 0:
             _remove_unfinished(folder)  # gives back the room that it took
         raise
     finally:

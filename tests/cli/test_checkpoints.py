@@ -88,8 +88,8 @@ class TestOrbax:
         with np.load(tmp_path / "found.npz") as found:
             assert found["train_state/step"] == 12
             np.testing.assert_array_equal(found["train_state/params/0/W"], model["params/0/W"])
-            np.testing.assert_array_equal(found["train_state/params/1/bn/gamma"], model["params/1/bn/gamma"])
-            np.testing.assert_array_equal(found["train_state/bn_state/1/var"], model["state/1/var"])
+            np.testing.assert_array_equal(found["train_state/params/0/bn/gamma"], model["params/0/bn/gamma"])
+            np.testing.assert_array_equal(found["train_state/bn_state/0/var"], model["state/0/var"])
             np.testing.assert_array_equal(found["histories/loss"], np.float32(history["loss"]))
             np.testing.assert_array_equal(found["histories/test_accuracy"], history["test_accuracy"])
 

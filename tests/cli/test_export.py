@@ -21,7 +21,7 @@ from jbn.export import Array, describe
 from jbn.networks import fold
 
 MLP = NetworkSpec(inputs=48, hidden=(7, 5), classes=3, norm="a", activation="tanh")
-RESNET = NetworkSpec("resnet", inputs=2, widths=(4, 5), blocks=1, classes=3, activation="relu")
+RESNET = NetworkSpec("resnet", inputs=2, widths=(3,), blocks=1, classes=3, activation="relu")
 IMAGES = images(0)["x"].astype(np.float32)
 
 

@@ -21,8 +21,8 @@ import jbn.cli.fit
 from jbn.cli import main
 from jbn.cli.checkpoints import Checkpoints
 
-MLP = ("--hidden", "7,5", "--batch-size", "16", "--epochs", "4")  # of 3 steps
-RESNET = ("--network", "resnet", "--widths", "3,4", "--batch-size", "16", "--epochs", "4")
+MLP = ("--hidden", "3", "--batch-size", "16", "--epochs", "4")  # of 3 steps
+RESNET = ("--network", "resnet", "--widths", "3", "--batch-size", "16", "--epochs", "4")
 ALONE = ("--no-compare",)
 TIMES = ("compile_s", "ms_per_step")
 
@@ -174,7 +174,7 @@ class TestRefused:
         ("option", "got", "expected"),
         [
             ("--lr", "0.5", "1.0"),
-            ("--hidden", "7,6", "7,5"),
+            ("--hidden", "4", "3"),
             ("--batch-size", "12", "16"),
             ("--optimizer", "adam", "sgd"),
             ("--norm", "a", "z"),
