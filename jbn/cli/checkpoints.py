@@ -39,7 +39,8 @@ def checkpoints(
 ) -> Iterator["Checkpoints"]:
     """Gives the `Checkpoints` in a folder, which is made if need be; the last of them is whole when it ends.
 
-    All processes of a run save together. Each reads by itself, so that none waits for another that failed.
+    A process alone goes on while it saves. Several save together, and wait until it is done; each reads by itself, so
+    that none waits for another that failed.
 
     Args:
         folder: for the checkpoints of one network.
@@ -54,7 +55,9 @@ def checkpoints(
     alone = MultiprocessingOptions(
         primary_host=process, active_processes={process}, barrier_sync_key_prefix=str(process)
     )
-    keeping = CheckpointManagerOptions(max_to_keep=_KEPT, create=False, enable_async_checkpointing=True)
+    # Where one of several processes fails in a thread of its own, Orbax lets the others wait for it for ten minutes.
+    unwatched = jax.process_count() == 1
+    keeping = CheckpointManagerOptions(max_to_keep=_KEPT, create=False, enable_async_checkpointing=unwatched)
     reading = CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
     with _reported(folder, _WRITABLE):
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ def checkpoints(
         with _reported(folder, _ROOM):
             manager.close()
     except BaseException:
-        if jax.process_count() == 1:  # of several, one that is gone would be waited for
+        if unwatched:  # of several processes, one that is gone would be waited for
             own = [each for each in threading.enumerate() if type(each).__module__.startswith("orbax.")]
             for end in (manager.close, *(thread.join for thread in own)):
                 with suppress(Exception):

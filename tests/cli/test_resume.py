@@ -280,6 +280,24 @@ class TestKilled:
         same(tmp_path / "out", plain)
 
     @pytest.mark.nightly
+    def test_where_one_of_several_processes_has_no_room_all_end_with_a_line(self, data, tmp_path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = f"127.0.0.1:{free.getsockname()[1]}"
+        together = (*MLP, *ALONE, "--checkpoint-dir", tmp_path / "kept", "--coordinator", meeting, "--num-processes", 2)
+        lines = [command(data, tmp_path / "out", *together, "--process-id", i) for i in range(2)]
+        calls = [[sys.executable, "-m", "jbn", *line] for line in lines]
+        # Its files may have 1024 bytes, fewer than a checkpoint needs.
+        calls[0] = ["sh", "-c", 'trap "" XFSZ; ulimit -f 2; exec "$@"', "sh", *calls[0]]
+        processes = [subprocess.Popen(call, stdout=PIPE, stderr=PIPE, text=True) for call in calls]
+        errors = [process.communicate(timeout=120)[1].splitlines()[-1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2]
+        assert errors[0].startswith(f"jbn: --checkpoint-dir: got {tmp_path}/kept/with (File too large); expected room ")
+        assert errors[1].startswith("jbn: --process-id: got process 1 of 2 ")
+        assert not (tmp_path / "out").exists()
+        assert names(tmp_path / "kept" / "with") == (set(), set())
+
+    @pytest.mark.nightly
     def test_several_processes_go_on_together(self, data, tmp_path, capsys):
         arguments = (*MLP, *ALONE, "--epochs", "24", "--lr", "0.1")
         plain, kept = train(capsys, data, tmp_path / "plain", *arguments), tmp_path / "kept"
