@@ -97,7 +97,7 @@ class TrainOptions(NetworkOptions):
 
     def _check_processes(self) -> None:
         together = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
-        given = [f"--{name.replace('_', '-')}" for name, value in together.items() if value is not None]
+        given = [dashed(name) for name, value in together.items() if value is not None]
         if 0 < len(given) < len(together):
             raise BadInput(
                 f"{given[0]}: got {' and '.join(given)} alone; expected --coordinator, --num-processes and "
