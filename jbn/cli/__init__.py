@@ -1,12 +1,13 @@
 """The command line: ``jbn train`` and ``jbn bench``. The only place in the package that prints.
 
-What each file holds: ``commands`` what typer sees; ``options`` each option, ``parsers`` what values they take;
-``data``, ``network``, ``batches``, ``fit`` and ``activations`` the pieces of a run; ``devices`` where its arrays lie;
-``processes`` how several processes are one run, ``supervision`` how each is watched from outside, ``child`` how a child
-is started; ``saving`` what a run leaves, ``locks`` that no other is at the same
-place; ``checkpoints`` what outlives it, and ``resume`` how it goes on from there; ``train`` puts them together;
-``runs`` reads one again, for ``inspect``, ``calibrate``, ``fold`` and ``export``; ``convert`` needs none; ``display``
-shows a run while it goes, and what came out, ``streams`` in any encoding; ``interrupt`` hears Ctrl-C.
+What each file holds: ``commands`` what typer sees; ``parsers`` how an option is declared and what values it takes,
+``options`` those of a run; ``data``, ``network`` (the one description of it, from option to file), ``batches``, ``fit``
+and ``activations`` the pieces of a run; ``devices`` where its arrays lie; ``processes`` how several processes are one
+run, ``supervision`` how each is watched from outside, ``child`` how a child is started; ``places`` where results
+appear, whole and locked against other runs; ``models`` the files of networks; ``checkpoints`` what outlives a run that
+is cut short, and ``resume`` how it goes on from there; ``train`` puts them together; ``runs`` reads one again, for
+``inspect``, ``calibrate``, ``fold`` and ``export``; ``convert`` needs none; ``display`` shows a run while it goes,
+``documents`` what any command has found, ``streams`` in any encoding; ``interrupt`` hears Ctrl-C.
 """
 
 import os

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 import jbn
-from jbn.cli.network import NetworkSpec, activation_of, maker
+from jbn.cli.network import NetworkSpec
 
 __all__ = ["last_layer", "of_one_layer"]
 
@@ -30,7 +30,7 @@ def last_layer(spec: NetworkSpec) -> tuple[str, int, str]:
     if spec.network == "mlp":
         depth = len(spec.sizes) - 2
         return f"[{depth - 1}]['bn']", depth - 1, f"hidden layer {depth} of {depth}"
-    block = (len(spec.sizes) - 2) * spec.blocks - 1
+    block = len(spec.widths or ()) * (spec.blocks or 0) - 1
     # One activation in the stem and two in each block.
     return f"['blocks'][{block}]['conv1']['bn']", 2 * block + 1, f"conv1 of block {block + 1} of {block + 1}"
 
@@ -39,7 +39,7 @@ def of_one_layer(spec: NetworkSpec, params: Any, state: Any, x: Any) -> dict[str
     """Values of the `last_layer` for examples: name → (N, C), before and after its norm, if it has one."""
     path, number, _ = last_layer(spec)
     seen = _seen(spec, params, state, x[:_EXAMPLES])
-    if spec.norm is None:
+    if spec.norm == "none":
         return {"without batch norm: z": _rows(seen.activations[number])}
     before, after = map(_rows, seen.norms[path])
     symbol = "z" if spec.norm == "z" else "a"
@@ -51,7 +51,6 @@ def _seen(spec: NetworkSpec, params: Any, state: Any, x: Any) -> _Seen:
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, jbn.BNParams))
     path_of = {id(node): jax.tree_util.keystr(path) for path, node in leaves}
     seen = _Seen({}, [])
-    activation = activation_of(spec.activation)
 
     def bn(params, state, z, **options):
         y, stats = jbn.bn_apply(params, state, z, **options)
@@ -60,9 +59,9 @@ def _seen(spec: NetworkSpec, params: Any, state: Any, x: Any) -> _Seen:
 
     def g(z):
         seen.activations.append(z)
-        return activation(z)
+        return spec.g(z)
 
-    maker(spec)(bn=bn, activation=g).apply(params, state, x, train=False)
+    spec.make(bn=bn, activation=g).apply(params, state, x, train=False)
     return seen
 
 

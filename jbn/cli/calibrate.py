@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 import jbn
-from jbn.cli import display
 from jbn.cli.bad_input import BadInput
-from jbn.cli.network import build
+from jbn.cli.documents import show
+from jbn.cli.models import save_model
+from jbn.cli.places import new_file
 from jbn.cli.runs import accuracy, load_run, refusing
-from jbn.cli.saving import new_file, save_model
 
 __all__ = ["run"]
 
@@ -27,7 +27,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     data = made.data(file)
     if len(data.x) < 2:
         raise BadInput("--data: got a training set of 1 example; expected at least 2; add examples.")
-    network = build(made.spec)
+    network = made.spec.make()
     with new_file(out) as work:
         # Cut evenly: a last batch of one example would have no variance.
         cuts = np.array_split(np.arange(len(data.x)), -(-len(data.x) // _BATCH))
@@ -51,4 +51,4 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         f"{data.source}: test accuracy {before:.2%} before, {after:.2%} after",
         f"Written: {out}",
     ]
-    display.show_lines(document, lines)
+    show(document, lines)

@@ -13,7 +13,8 @@ import typer
 import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.options import TrainOptions, dashed
+from jbn.cli.options import TrainOptions
+from jbn.cli.parsers import dashed
 
 __all__ = ["parse"]
 
@@ -49,24 +50,73 @@ def _annotated(declared: Field) -> Any:
     return Annotated[str | None, typed]
 
 
-def _takes(options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a command of ``function(chosen)``, whose options are the fields of a dataclass."""
+def _command(options: dict[str, tuple[Any, Any]], job: Callable[..., Any]) -> Callable[[Callable[[], None]], None]:
+    """Makes a command of a function without a body, for its name and its text.
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        def command(**given: Any) -> Any:
-            return function(options.of(**given))
+    Args:
+        options: the type of each, for typer, and its default.
+        job: what is done, ``job(name, **options)``.
+    """
 
-        types = {declared.name: _annotated(declared) for declared in fields(options)}
-        parameters = [
-            Parameter(declared.name, Parameter.KEYWORD_ONLY, default=declared.default, annotation=types[declared.name])
-            for declared in fields(options)
-        ]
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__annotations__ = types
-        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        return command
+    def decorate(function: Callable[[], None]) -> None:
+        def command(**given: Any) -> Callable[[], int | None]:
+            return partial(job, function.__name__, **given)
+
+        command.__annotations__ = {name: type_ for name, (type_, _) in options.items()}
+        command.__signature__ = Signature(  # type: ignore[attr-defined]
+            [
+                Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=type_)
+                for name, (type_, default) in options.items()
+            ]
+        )
+        _app.command(function.__name__, help=function.__doc__)(command)
 
     return decorate
+
+
+def _options(declared: Any) -> dict[str, tuple[Any, Any]]:
+    """The fields of a dataclass."""
+    return {each.name: (_annotated(each), each.default) for each in fields(declared)}
+
+
+def _of_run(out: str, metavar: str = "FILE", *, data: bool = True) -> dict[str, tuple[Any, Any]]:
+    """What a command for a saved run is given; ``out`` says what it writes."""
+    folder = typer.Argument(metavar="RUN_DIR", help="Folder that jbn train made.", show_default=False)
+    model = typer.Option("--model", metavar="NAME", help="Model file in RUN_DIR.  [default: with.safetensors]")
+    file = typer.Option("--data", metavar="FILE.npz", help="Arrays as for jbn train.  [default: the data of the run]")
+    return {
+        "folder": (Annotated[Path, folder], Parameter.empty),
+        "model": (Annotated[str | None, model], None),
+        **({"file": (Annotated[Path | None, file], None)} if data else {}),
+        "out": (Annotated[Path | None, typer.Option("--out", metavar=metavar, help=out)], None),
+    }
+
+
+def _file(metavar: str, help_: str) -> tuple[Any, Any]:
+    return Annotated[Path, typer.Argument(metavar=metavar, help=help_, show_default=False)], Parameter.empty
+
+
+def _pattern(name: str, help_: str) -> tuple[Any, Any]:
+    return Annotated[str | None, typer.Option(name, metavar="torch|flax|jbn", help=help_)], None
+
+
+def _run(command: str, **given: Any) -> int | None:
+    # Imported when the options are known to be good, and where an interrupt is not typer's.
+    return import_module(f"jbn.cli.{command}").run(**given)
+
+
+def _train(command: str, **given: Any) -> int | None:
+    chosen = TrainOptions.of(**given)
+    if chosen.coordinator is not None:
+        from jbn.cli.supervision import is_child, watched
+
+        if not is_child():
+            return watched(chosen)
+    return _run(command, options=chosen)
+
+
+def _bench(command: str, **given: Any) -> None:
+    _run("bench.compare", options=BenchOptions.of(**given))
 
 
 def _version(wanted: bool) -> None:
@@ -82,142 +132,68 @@ def _root(
     """Batch normalization for JAX."""
 
 
-@_app.command()
-@_takes(TrainOptions)
-def train(chosen: TrainOptions) -> Callable[[], int | None]:
+@_command(_options(TrainOptions), _train)
+def train() -> None:
     """Train a network with and without batch norm, side by side, and show the difference.
 
     The defaults are the network of the paper's figure 1: three hidden layers of sigmoids, trained with
     plain gradient descent. With --network resnet it is a small residual network, for images.
     """
-    return partial(_train, chosen)
 
 
-_RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder that jbn train made.", show_default=False)]
-_Model = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="Model file in RUN_DIR.  [default: with.safetensors]")
-]
-_RunData = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="FILE.npz", help="Arrays as for jbn train.  [default: the data of the run]"),
-]
-
-
-@_app.command("inspect")
-def inspect_(
-    run_dir: _RunDir,
-    model: _Model = None,
-    data: _RunData = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="New folder for the pictures.  [default: RUN_DIR]")
-    ] = None,
-) -> Callable[[], None]:
+@_command(_of_run("New folder for the pictures.  [default: RUN_DIR]", "DIR"), _run)
+def inspect() -> None:
     """Show the batch norm layers of a run, in a table and pictures.
 
     Ranges of γ, β and the running statistics, dead channels, drift between running and batch statistics.
     """
-    return partial(_on_run, "inspect", run_dir, model, data, out)
 
 
-@_app.command()
-def calibrate(
-    run_dir: _RunDir,
-    model: _Model = None,
-    data: _RunData = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="New model file.  [default: RUN_DIR/calibrated.safetensors]"),
-    ] = None,
-) -> Callable[[], None]:
+@_command(_of_run("New model file.  [default: RUN_DIR/calibrated.safetensors]"), _run)
+def calibrate() -> None:
     """Recompute the running statistics of a run, weights frozen.
 
     They become the exact ones of the training set, in a new model file.
     """
-    return partial(_on_run, "calibrate", run_dir, model, data, out)
 
 
-@_app.command()
-def fold(
-    run_dir: _RunDir,
-    model: _Model = None,
-    data: _RunData = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="New model file.  [default: RUN_DIR/folded.safetensors]")
-    ] = None,
-) -> Callable[[], None]:
+@_command(_of_run("New model file.  [default: RUN_DIR/folded.safetensors]"), _run)
+def fold() -> None:
     """Fold the batch norms of a run into its other layers.
 
     The same outputs from fewer operations, for inference, in a new model file.
     """
-    return partial(_on_run, "fold", run_dir, model, data, out)
 
 
-@_app.command()
-def export(
-    run_dir: _RunDir,
-    model: _Model = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="New file, ONNX if it ends in .onnx.  [default: RUN_DIR/exported.jax]"),
-    ] = None,
-) -> Callable[[], None]:
+@_command(_of_run("New file, ONNX if it ends in .onnx.  [default: RUN_DIR/exported.jax]", data=False), _run)
+def export() -> None:
     """Export a network of a run to one file that runs without jbn.
 
     For cpu, cuda and tpu and any batch size, weights and input normalization inside, called with an array alone:
     jax.export.deserialize(open(FILE, "rb").read()).call(x). With --model folded.safetensors without batch norms.
     """
-    return partial(_on_run, "export", run_dir, model, out)
 
 
-@_app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .safetensors or .npz file.", show_default=False)],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="New file, of either kind.", show_default=False)],
-    from_: Annotated[
-        str | None,
-        typer.Option("--from", metavar="torch|flax|jbn", help="Whose names the arrays have.  [default: found out]"),
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(metavar="torch|flax|jbn", help="Whose they are to have.  [default: flax from torch, else torch]"),
-    ] = None,
-) -> Callable[[], None]:
+@_command(
+    {
+        "source": _file("SRC", "A .safetensors or .npz file."),
+        "target": _file("DST", "New file, of either kind."),
+        "source_pattern": _pattern("--from", "Whose names the arrays have.  [default: found out]"),
+        "target_pattern": _pattern("--to", "Whose they are to have.  [default: flax from torch, else torch]"),
+    },
+    _run,
+)
+def convert() -> None:
     """Convert a file of weights to the names and layouts of another framework.
 
     Batch norms, convolutions and dense layers are known by their names in a PyTorch state_dict, Flax's variables, or
     a model file of jbn. Nothing is unpickled, nothing is overwritten, and converted back it is the same bit for bit.
     """
-    return partial(_on_run, "convert", source, target, from_, to)
 
 
-def _on_run(command: str, *arguments: Path | str | None) -> None:
-    import_module(f"jbn.cli.{command}").run(*arguments)
-
-
-def _train(chosen: TrainOptions) -> int | None:
-    # Imported when the options are known to be good, and where an interrupt is not typer's.
-    if chosen.coordinator is not None:
-        from jbn.cli.supervision import is_child, watched
-
-        if not is_child():
-            return watched(chosen)
-    from jbn.cli.train import run
-
-    run(chosen)
-    return None
-
-
-@_app.command()
-@_takes(BenchOptions)
-def bench(chosen: BenchOptions) -> Callable[[], None]:
+@_command(_options(BenchOptions), _bench)
+def bench() -> None:
     """Time batch norm on this device, beside flax.linen, torch (where installed) and bare copies of x.
 
     Forward, forward+backward and evaluation, in under a minute.
     """
-    return partial(_bench, chosen)
-
-
-def _bench(chosen: BenchOptions) -> None:
-    from jbn.cli.bench.compare import run
-
-    run(chosen)

@@ -1,16 +1,14 @@
 """``jbn convert``: a file of arrays with the names and layouts of another framework."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jbn.cli import display
 from jbn.cli.bad_input import BadInput
+from jbn.cli.documents import show
 from jbn.convert import Renaming, read_file, rename_arrays, write_file
 
 __all__ = ["run"]
@@ -82,16 +80,10 @@ def _show(source: Path, target: Path, renaming: Renaming) -> None:
             for move in renaming.moves
         ],
     }
-    if not sys.stdout.isatty():
-        display.show_lines(document, [])
-        return
-    table = Table(title=f"{source} ({renaming.source}) → {target} ({renaming.target})")
+    table = Table(title=f"{escape(str(source))} ({renaming.source}) → {escape(str(target))} ({renaming.target})")
     for name in (renaming.source, renaming.target, *_SHOWN):
         table.add_column(name, overflow="fold")
     for move in renaming.moves:
         table.add_row(*map(escape, (move.theirs, move.ours, move.kind, move.layout, str(move.shape))))
-    console = Console()
-    console.print(table)
     found = ", ".join(f"{count} {kind}" for kind, count in document["found"].items())
-    written = f"{len(renaming.moves)} arrays ({found}) written to {escape(str(target))}"
-    console.print(written, highlight=False, soft_wrap=True)
+    show(document, [table, f"{len(renaming.moves)} arrays ({found}) written to {target}"])

@@ -1,4 +1,4 @@
-"""What a user sees of a run: a progress bar and a table on a terminal, one JSON document elsewhere."""
+"""What a terminal shows of a run: how the data were understood, a progress bar, and what came out."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -6,17 +6,15 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 from jbn.cli.data import Data
 from jbn.cli.fit import Progress
-from jbn.cli.saving import to_json
-from jbn.cli.streams import printing, say
+from jbn.cli.streams import say
 
-__all__ = ["progress", "show", "show_lines", "tell_data"]
+__all__ = ["lines_of", "progress", "tell_data"]
 
 
 @contextmanager
@@ -58,17 +56,8 @@ def tell_data(data: Data) -> None:
             print(f"{data.source}: {data.understood}")
 
 
-def show(document: dict[str, Any]) -> None:
-    """Prints the outcome of a run."""
-    with printing():
-        if sys.stdout.isatty():
-            _show_table(document)
-        else:
-            print(to_json(document))
-
-
-def _show_table(document: dict[str, Any]) -> None:
-    console = Console()
+def lines_of(document: dict[str, Any]) -> Iterator[str | Table]:
+    """The outcome of a run for a terminal."""
     options, summary = document["options"], document["summary"]
     table = Table(title=f"{document['data']['source']}, {document['steps']} steps")
     table.add_column("")
@@ -78,29 +67,18 @@ def _show_table(document: dict[str, Any]) -> None:
         table.add_row(label, *(shown(run) for run in summary.values()))
     if any(run["skipped_steps"] for run in summary.values()):
         table.add_row("steps skipped (not finite)", *(str(run["skipped_steps"]) for run in summary.values()))
-    console.print(table)
+    yield table
     if document["devices"] > 1:
         several = f" in {document['processes']} processes" if document["processes"] > 1 else ""
-        console.print(f"{document['devices']} devices{several}, {document['stats']} statistics.", highlight=False)
+        yield f"{document['devices']} devices{several}, {document['stats']} statistics."
     if document["held_equal"]:
-        console.print(f"Held equal: {', '.join(document['held_equal'])}.", highlight=False)
+        yield f"Held equal: {', '.join(document['held_equal'])}."
     if len(summary) == 2 and summary["with"]["test_accuracy"] < summary["without"]["test_accuracy"]:
-        console.print(
-            f"Batch norm did worse here. It wants a learning rate of its own, often a larger one (--lr, now "
-            f"{options['lr']:g}), and batches that are not small (--batch-size, now {options['batch_size']}).",
-            highlight=False,
+        yield (
+            f"Batch norm did worse here. It wants a learning rate of its own, often a larger one\n(--lr, now "
+            f"{options['lr']:g}), and batches that are not small (--batch-size, now {options['batch_size']})."
         )
-    console.print(f"Results in {escape(str(options['out']))}", highlight=False, soft_wrap=True)
-
-
-def show_lines(document: dict[str, Any], lines: Sequence[str | Table]) -> None:
-    """Prints what a command found: lines and tables on a terminal, the document elsewhere."""
-    with printing():
-        if not sys.stdout.isatty():
-            print(to_json(document))
-            return
-        for line in lines:
-            print(line) if isinstance(line, str) else Console().print(line)
+    yield f"Results in {options['out']}"
 
 
 def _rows(target: float, steps: int) -> dict[str, Callable[[dict[str, Any]], str]]:

@@ -10,11 +10,11 @@ import numpy as np
 from jax import export
 
 from jbn import BNStats
-from jbn.cli import display
 from jbn.cli.bad_input import BadInput
-from jbn.cli.network import NetworkSpec, build
+from jbn.cli.documents import show
+from jbn.cli.network import NetworkSpec
+from jbn.cli.places import new_file
 from jbn.cli.runs import Run, load_run, refusing
-from jbn.cli.saving import new_file
 from jbn.export import describe, needs_float64, to_onnx, to_stablehlo
 
 __all__ = ["run"]
@@ -39,7 +39,7 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
             "extra 'demo': got no module flatbuffers; expected what jax.export writes with; install it with: "
             "pip install flatbuffers"
         )
-    network = build(made.spec)
+    network = made.spec.make()
 
     def logits(params: Any, state: Any, z: Any) -> Any:
         return network.apply(params, state, z.astype(jnp.float32), train=False)[0]
@@ -67,7 +67,7 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
         "format": "onnx" if onnx else "jax.export",
         "platforms": None if said is None else said.platforms,
         "x": {"shape": [size if isinstance(size, int) else str(size) for size in arguments[-1].shape], "dtype": dtype},
-        "classes": made.spec.sizes[-1],
+        "classes": made.spec.classes,
         "bytes": len(data),
         "largest_difference": difference,
         "largest_output": largest,
@@ -77,7 +77,7 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
     shape = ", ".join(map(str, document["x"]["shape"]))
     lines = [
         f"{made.file}: exported for {where}, input normalization inside",
-        f"Takes x of shape ({shape}) as {dtype}, as the data were; gives {made.spec.sizes[-1]} values for each example",
+        f"Takes x of shape ({shape}) as {dtype}, as the data were; gives {made.spec.classes} values for each example",
         f"Outputs differ by at most {difference:.2g}, where the largest is {largest:.3g}",
         f"Written: {out}, {len(data):,} bytes",
     ]
@@ -85,18 +85,18 @@ def run(folder: Path, model: str | None, out: Path | None) -> None:
         needs = ["jax", "flatbuffers", *["jax_enable_x64 on"] * (dtype == "float64")]
         how = f"jax.export.deserialize(open({str(out)!r}, 'rb').read()).call(x)"
         lines.append(f"To run it, with {', '.join(needs)}: {how}")
-    display.show_lines(document, lines)
+    show(document, lines)
 
 
 def _inputs_of(made: Run) -> BNStats:
     """The statistics of each value that the network takes: a dense one takes images in rows, channels last."""
-    repeats = made.spec.sizes[0] // len(made.inputs.mean)
+    repeats = made.spec.inputs // len(made.inputs.mean)
     return BNStats(*(np.tile(np.asarray(values), repeats) for values in made.inputs))  # type: ignore[arg-type]
 
 
 def _shape_of(spec: NetworkSpec) -> tuple[Any, ...]:
     """Of x, with every size open that the weights leave open."""
-    return tuple(export.symbolic_shape(f"n{'' if spec.network == 'mlp' else ', h, w'}, {spec.sizes[0]}"))
+    return tuple(export.symbolic_shape(f"n{'' if spec.network == 'mlp' else ', h, w'}, {spec.inputs}"))
 
 
 def _examples(spec: NetworkSpec, inputs: BNStats, dtype: str) -> tuple[np.ndarray, np.ndarray]:

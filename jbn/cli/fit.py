@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import Mesh
 
 from jbn.cli.batches import Batches
 from jbn.cli.data import Data
-from jbn.cli.devices import local, over_devices, replicated
-from jbn.cli.network import loss_fn
+from jbn.cli.devices import local, over_devices
 from jbn.networks import Network
 from jbn.training import TrainState
 
-__all__ = ["Fit", "Keeping", "Progress", "SoFar", "evaluate", "fit", "rows_of", "scorer"]
+__all__ = ["Keeping", "Progress", "SoFar", "evaluate", "fit", "loss_fn", "rows_of", "scorer"]
 
 _ROWS_A_CALL = 2048
 # Mini-batch losses are averaged over so many steps before they are held against a target.
@@ -35,55 +35,62 @@ class Progress(NamedTuple):
 
 
 class SoFar(NamedTuple):
-    """What a run carries from call to call: all that it takes to go on from there.
+    """What a run carries from call to call: all that it takes to go on from there, and what it gives at its end.
 
     Attributes:
         train_state: the same on every device.
-        loss: (steps,) of each mini-batch up to here, in training mode.
-        skipped: (steps,) bool, steps without an update because something was not finite.
-        epochs: for each finished epoch the loss and accuracy on both sets, with running statistics.
-        times: ms a step, of each call.
-        compile_s: seconds to trace and compile the training step.
+        histories: arrays by name: ``loss`` (steps,) of each mini-batch, in training mode; ``skipped`` (steps,) bool,
+            whether it made no update because something was not finite; ``times`` (calls,), ms a step, without
+            compilation and evaluation; ``compile_s`` (), to trace and compile the training step; and for each finished
+            epoch the loss and accuracy on both sets, with running statistics.
     """
 
     train_state: TrainState
-    loss: np.ndarray
-    skipped: np.ndarray
-    epochs: dict[str, list[float]]
-    times: list[float]
-    compile_s: float
+    histories: dict[str, np.ndarray]
 
     @classmethod
     def at(cls, train_state: TrainState) -> "SoFar":
         """A run that has made no step."""
-        return cls(train_state, np.zeros(0, np.float32), np.zeros(0, bool), {name: [] for name in _SCORES}, [], 0.0)
+        histories = {"loss": np.zeros(0, np.float32), "skipped": np.zeros(0, bool), "compile_s": np.zeros(())}
+        return cls(train_state, histories | {name: np.zeros(0) for name in ("times", *_SCORES)})
 
     @property
     def steps(self) -> int:
         """How many steps were made."""
-        return len(self.loss)
+        return len(self.histories["loss"])
+
+    @property
+    def epochs(self) -> dict[str, np.ndarray]:
+        """What was found at the end of each epoch."""
+        return {name: self.histories[name] for name in _SCORES}
 
     @property
     def accuracy(self) -> float | None:
         """On the test set, after the last epoch."""
-        seen = self.epochs["test_accuracy"]
-        return seen[-1] if seen else None
+        return next(reversed(self.histories["test_accuracy"].tolist()), None)
+
+    @property
+    def ms_per_step(self) -> float:
+        """Median over the calls."""
+        times = self.histories["times"]
+        return float(np.median(times)) if times.size else math.nan
 
     def after(self, train_state: TrainState, loss: Any, skipped: Any, count: int, seconds: float) -> "SoFar":
         """The run after a call of ``count`` steps."""
         loss, skipped = (np.asarray(local(made))[:count] for made in (loss, skipped))
-        return SoFar(
-            train_state,
-            np.concatenate([self.loss, loss]),
-            np.concatenate([self.skipped, skipped]),
-            self.epochs,
-            [*self.times, 1e3 * seconds / count],
-            self.compile_s,
-        )
+        return self._replace(train_state=train_state).seen(loss=loss, skipped=skipped, times=[1e3 * seconds / count])
 
-    def scored(self, scores: dict[str, float]) -> "SoFar":
-        """The run with what was found at the end of an epoch."""
-        return self._replace(epochs={name: [*seen, scores[name]] for name, seen in self.epochs.items()})
+    def seen(self, **more: Any) -> "SoFar":
+        """The run with more in some of its histories."""
+        longer = {name: np.concatenate([self.histories[name], values]) for name, values in more.items()}
+        return self._replace(histories={**self.histories, **longer})
+
+    def steps_to(self, target: float) -> int | None:
+        """The first step at which the mean loss of the last 10 steps is at or below ``target``."""
+        window = min(_WINDOW, self.steps)
+        means = np.convolve(self.histories["loss"], np.ones(window) / window, "valid")
+        reached = np.flatnonzero(means <= target)
+        return int(reached[0]) + window if len(reached) else None
 
 
 class Keeping(NamedTuple):
@@ -93,59 +100,30 @@ class Keeping(NamedTuple):
     save: Callable[[SoFar], None]
 
 
-class Fit(NamedTuple):
-    """What a run gives.
-
-    Attributes:
-        params, state: of the trained network.
-        loss: (steps,) of each mini-batch, in training mode.
-        skipped: (steps,) bool, steps without an update because something was not finite.
-        epochs: for each epoch the loss and accuracy on both sets, with running statistics.
-        ms_per_step: median over the calls, without compilation and evaluation.
-        compile_s: seconds to trace and compile the training step.
-    """
-
-    params: Any
-    state: Any
-    loss: np.ndarray
-    skipped: np.ndarray
-    epochs: dict[str, list[float]]
-    ms_per_step: float
-    compile_s: float
-
-    def steps_to(self, target: float) -> int | None:
-        """The first step at which the mean loss of the last 10 steps is at or below ``target``."""
-        window = min(_WINDOW, len(self.loss))
-        means = np.convolve(self.loss, np.ones(window) / window, "valid")
-        reached = np.flatnonzero(means <= target)
-        return int(reached[0]) + window if len(reached) else None
-
-
 def fit(
     network: Network,
     step: Callable[..., Any],
-    start: SoFar,
+    so_far: SoFar,
     data: Data,
     batches: Batches,
     mesh: Mesh,
     report: Callable[[Progress], None],
     keeping: Keeping | None = None,
-) -> Fit:
-    """Trains from ``start`` to the last of the batches, each of them split over the mesh.
+) -> SoFar:
+    """Trains from ``so_far``, on every device of the mesh, to the last of the batches, each of them split over it.
 
-    ``step`` is made with ``axis_name=axis_of(mesh)``.
+    What it gives has its train state as this process alone holds it. ``step`` is made with ``axis_name=axis_of(mesh)``.
     """
     steps, length = batches.steps, batches.length(data.x)
     every = steps if keeping is None else keeping.every
-    so_far = start._replace(train_state=replicated(start.train_state, mesh))
     score = scorer(network)
     feeds = batches.feeds(data, mesh, so_far.steps, every)
     feed = next(feeds, None)
     if so_far.steps:
-        report(Progress(so_far.steps, float(so_far.loss[-length:].mean()), so_far.accuracy))
+        report(Progress(so_far.steps, float(so_far.histories["loss"][-length:].mean()), so_far.accuracy))
     if feed is not None:
         call, compile_s = _compiled(step, length, mesh, so_far.train_state, feed[1:])
-        so_far = so_far._replace(compile_s=compile_s)
+        so_far = so_far._replace(histories={**so_far.histories, "compile_s": np.asarray(compile_s)})
     while feed is not None:
         count, x, y = feed
         begin = time.perf_counter()
@@ -153,24 +131,22 @@ def fit(
         feed = next(feeds, None)  # while the devices are at work
         train_state, loss, skipped = jax.block_until_ready(made)
         so_far = so_far.after(train_state, loss, skipped, count, time.perf_counter() - begin)
-        recent = float(so_far.loss[-count:].mean())
+        recent = float(so_far.histories["loss"][-count:].mean())
         report(Progress(count, recent, so_far.accuracy))
         if so_far.steps % steps == 0:
-            so_far = so_far.scored(_scores(score, so_far.train_state, data))
+            so_far = so_far.seen(**_scores(score, so_far.train_state, data))
             report(Progress(0, recent, so_far.accuracy))
         if keeping is not None and (so_far.steps % every == 0 or feed is None):
             keeping.save(so_far)
-    params, bn_state = local(so_far.train_state[:2])
-    ms_per_step = float(np.median(so_far.times)) if so_far.times else math.nan
-    return Fit(params, bn_state, so_far.loss, so_far.skipped, so_far.epochs, ms_per_step, so_far.compile_s)
+    return so_far._replace(train_state=local(so_far.train_state))
 
 
-def _scores(score: Callable[..., Any], train_state: TrainState, data: Data) -> dict[str, float]:
+def _scores(score: Callable[..., Any], train_state: TrainState, data: Data) -> dict[str, list[float]]:
     """Loss and accuracy on both sets. Every process finds the same by itself, on one of its devices."""
     params, bn_state = local(train_state[:2])
     train = evaluate(score, params, bn_state, data.x, data.y)
     test = evaluate(score, params, bn_state, data.x_test, data.y_test)
-    return dict(zip(_SCORES, (*train, *test), strict=True))
+    return {name: [found] for name, found in zip(_SCORES, (*train, *test), strict=True)}
 
 
 def evaluate(score: Callable[..., Any], params: Any, state: Any, x: Any, y: Any) -> tuple[float, float]:
@@ -187,6 +163,11 @@ def rows_of(values: Any) -> Iterator[Any]:
     """The rows of a set, as many at a time as fit an evaluation."""
     for i in range(0, len(values), _ROWS_A_CALL):
         yield values[i : i + _ROWS_A_CALL]
+
+
+def loss_fn(outputs: Any, y: Any) -> Any:
+    """Mean cross-entropy, of logits in at least float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y).mean()
 
 
 def scorer(network: Network) -> Callable[..., Any]:

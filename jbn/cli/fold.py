@@ -1,15 +1,16 @@
 """``jbn fold``: a saved run without its batch norms, for inference."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jbn.cli import display
+from jbn.cli.documents import show
 from jbn.cli.fit import rows_of
-from jbn.cli.network import maker
+from jbn.cli.models import save_model
+from jbn.cli.places import new_file
 from jbn.cli.runs import accuracy, load_run, refusing
-from jbn.cli.saving import new_file, save_model
 from jbn.networks import fold
 
 __all__ = ["run"]
@@ -20,10 +21,10 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     made = load_run(folder, model)
     out = folder / "folded.safetensors" if out is None else out
     data = made.data(file)
-    network = maker(made.spec)()
+    network = made.spec.make()
     with new_file(out) as work:
         with refusing(made.file):
-            folded, params = fold(maker(made.spec), made.params, made.state)
+            folded, params = fold(made.spec.make, made.params, made.state)
         before = accuracy(network, made.params, made.state, data)
         after = accuracy(folded, params, None, data)
 
@@ -37,7 +38,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         pairs = [map(np.asarray, outputs(x)) for x in rows_of(data.x_test)]
         wanted, got = (np.concatenate(column).astype(np.float64) for column in zip(*pairs, strict=True))
         difference, largest = float(np.abs(got - wanted).max()), float(np.abs(wanted).max())
-        save_model(work, made.spec._replace(norm=None), params, None, made.inputs)
+        save_model(work, replace(made.spec, norm="none"), params, None, made.inputs)
     document = {
         "run": folder,
         "model": made.file.name,
@@ -53,4 +54,4 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         f"Outputs differ by at most {difference:.2g}, where the largest is {largest:.3g}",
         f"Written: {out}",
     ]
-    display.show_lines(document, lines)
+    show(document, lines)

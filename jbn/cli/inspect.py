@@ -7,14 +7,13 @@ from typing import Any
 from rich.table import Table
 
 from jbn import report
-from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.batches import Batches
 from jbn.cli.data import Data
-from jbn.cli.network import build
+from jbn.cli.documents import show
+from jbn.cli.places import new_folder, replaced_files
 from jbn.cli.runs import Run, accuracy, load_run
-from jbn.cli.saving import new_folder, replaced_files
 
 __all__ = ["run"]
 
@@ -23,7 +22,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     """Prints the table, and draws into ``out``, or into the folder of the run."""
     made = load_run(folder, model)
     data = made.data(file)
-    network = build(made.spec)
+    network = made.spec.make()
     # The first batch of the run, as it was shuffled.
     size = min(made.options["batch_size"], len(data.x))
     if size < 2:
@@ -36,7 +35,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
     document: dict[str, Any] = {
         "run": folder,
         "model": made.file.name,
-        "network": made.spec._asdict(),
+        "network": made.spec.stored,
         "data": {"source": data.source, "train": len(data.x), "test": len(data.x_test), "batch": size},
         "test_accuracy": accuracy(network, made.params, made.state, data),
         "eps": table.eps,
@@ -52,7 +51,7 @@ def run(folder: Path, model: str | None, file: Path | None, out: Path | None) ->
         "",
         "Pictures: " + ", ".join(map(str, document["pictures"])),
     ]
-    display.show_lines(document, lines)
+    show(document, lines)
 
 
 def _as_table(found: report.Summary) -> Table:
@@ -88,5 +87,5 @@ def _draw(place: Path, made: Run, stats: Any, data: Data) -> list[str]:
 
 def _described(made: Run) -> str:
     spec = made.spec
-    where = {"z": "before", "a": "after"}[spec.norm or "z"]
+    where = {"z": "before", "a": "after"}[spec.norm]
     return f"{spec.network} {'–'.join(map(str, spec.sizes))}, batch norm {where} {spec.activation}"

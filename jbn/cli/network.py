@@ -1,107 +1,134 @@
-"""What describes a network in a saved file, and the network, loss and optimizer that it stands for."""
+"""One description of a network: the options that ask for it, what files say of it, and what it is built by."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-import jbn
-from jbn.cli.options import ACTIVATIONS, DTYPES, NETWORKS, TrainOptions
+from jbn.cli.bad_input import BadInput
+from jbn.cli.parsers import choice, dashed, integer, option, sizes
 from jbn.networks import Network, mlp, resnet
 
-__all__ = ["NetworkSpec", "activation_of", "build", "loss_fn", "make_optimizer", "maker"]
+__all__ = ["NetworkOptions", "NetworkSpec"]
+
+# Each kind, and the option that holds the widths of its layers.
+_WIDTHS = {"mlp": "hidden", "resnet": "widths"}
+ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
+_MOST_LAYERS, _MOST_WEIGHTS = 1000, 2**28
 
 
-_LAYERS, _WEIGHTS = 1000, 2**28
+@dataclass(frozen=True)
+class NetworkOptions:
+    """What a network is asked to be, in the words of ``jbn train``; None for what its kind does not have."""
+
+    network: str = option(
+        choice(tuple(_WIDTHS)), "mlp|resnet", "Dense layers (mlp), or convolutions with shortcuts (resnet).", "mlp"
+    )
+    norm: str = option(
+        choice(("z", "a", "none")), "z|a|none", "Normalize before the activation (z), after it (a), or not.", "z"
+    )
+    hidden: tuple[int, ...] | None = option(
+        sizes("128,128,128", "hidden layer"), "INT,INT,…", "Widths of the hidden layers.", mlp=(128, 128, 128)
+    )
+    widths: tuple[int, ...] | None = option(
+        sizes("8,16", "stage"), "INT,INT,…", "Channels of each stage.", resnet=(8, 16)
+    )
+    blocks: int | None = option(integer(1, 1), "INT", "Blocks in each stage.", resnet=1)
+    activation: str = option(
+        choice(ACTIVATIONS), "|".join(ACTIVATIONS), "Of the hidden layers.", mlp="sigmoid", resnet="relu"
+    )
+    dtype: str = option(choice(("float32", "bfloat16")), "float32|bfloat16", "Of the computation.", "float32")
+
+    def __post_init__(self) -> None:
+        if self.network == "resnet" and self.norm == "a":
+            raise BadInput(
+                "--norm: got a with --network resnet; expected z or none; a residual network normalizes before "
+                "the activation, as in --norm z."
+            )
 
 
-class NetworkSpec(NamedTuple):
-    """All that is needed to build a network again; plain values, as JSON holds them.
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec(NetworkOptions):
+    """A network for data of a certain kind.
 
     Attributes:
-        network: which kind, "mlp" or "resnet".
-        sizes: (in, hidden, …, out); for a resnet (channels of the images, those of each stage, …, out).
-        norm: "z", "a" or None.
-        activation: its name in `jax.nn`.
-        dtype: of the computation.
-        blocks: in each stage of a resnet; 0 for an mlp.
+        inputs: values of an example; for a resnet the channels of an image.
+        classes: of the data.
     """
 
-    network: str
-    sizes: tuple[int, ...]
-    norm: str | None
-    activation: str
-    dtype: str
-    blocks: int = 0
+    inputs: int = option(integer(1, 1), "", "")
+    classes: int = option(integer(1, 1), "", "")
 
     @classmethod
-    def parsed(cls, fields: dict[str, Any]) -> "NetworkSpec":
-        """The spec that ``_asdict`` wrote as JSON; a ValueError or TypeError for any other."""
-        spec = cls(**{**fields, "sizes": tuple(fields["sizes"])})
-        known = (
-            spec.network in NETWORKS
-            and len(spec.sizes) > 1
-            and all(type(size) is int and size > 0 for size in (*spec.sizes, spec.blocks + 1))
-            and spec.norm in ("z", "a", None)
-            and spec.activation in ACTIVATIONS
-            and spec.dtype in DTYPES
-        )
-        if not known or spec.excess:
-            raise ValueError(f"network: got {spec}; expected one that jbn train makes; train it.")
+    def of(cls, options: NetworkOptions, inputs: int, classes: int) -> "NetworkSpec":
+        """The network that the options ask for."""
+        asked = {each.name: getattr(options, each.name) for each in fields(NetworkOptions)}
+        spec = cls(**asked, inputs=inputs, classes=classes)
+        if spec.excess:
+            raise BadInput(f"{dashed(_WIDTHS[spec.network])}: got {spec.excess}; choose fewer or narrower layers.")
         return spec
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> "NetworkSpec":
+        """The network that `stored` has written down as JSON; a ValueError or TypeError for anything else."""
+        values = dict(stored)
+        inputs, *widths, classes = values.pop("sizes")
+        values |= {"inputs": inputs, _WIDTHS[values["network"]]: tuple(widths), "classes": classes}
+        values |= {"norm": values["norm"] or "none", "blocks": values.get("blocks") or None}
+        try:
+            spec = cls(**values)
+            for each in fields(cls):  # as if it were typed
+                value, by_network = getattr(spec, each.name), each.metadata["by_network"]
+                typed = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                wanted = None if by_network and spec.network not in by_network else each.metadata["parse"]("", typed)
+                if type(value) is not type(wanted) or value != wanted:
+                    raise ValueError(f"{each.name}: got {value}; expected {wanted}; train the network again.")
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+        if spec.excess:
+            raise ValueError(f"network: got {spec.excess}; train a smaller one.")
+        return spec
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What a file says of it; plain values, as JSON holds them."""
+        norm = None if self.norm == "none" else self.norm
+        named = {"network": self.network, "sizes": self.sizes, "norm": norm}
+        return {**named, "activation": self.activation, "dtype": self.dtype, "blocks": self.blocks or 0}
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(in, hidden, …, out); for a resnet (channels of the images, those of each stage, …, out)."""
+        return (self.inputs, *getattr(self, _WIDTHS[self.network]), self.classes)
 
     @property
     def excess(self) -> str | None:
         """What a network is that is too large for the command line: it would take hours to compile, or all memory."""
-        stages = len(self.sizes) - 2
+        stages, blocks = len(self.sizes) - 2, self.blocks or 0
         if self.network == "mlp":
             layers, weights = stages + 1, sum(a * b for a, b in pairwise(self.sizes))
         else:
-            layers = 2 + 2 * stages * self.blocks
-            weights = 9 * sum(a * b + (2 * self.blocks - 1) * b * b for a, b in pairwise(self.sizes))
-        if layers <= _LAYERS and weights <= _WEIGHTS:
+            layers = 2 + 2 * stages * blocks
+            weights = 9 * sum(a * b + (2 * blocks - 1) * b * b for a, b in pairwise(self.sizes))
+        if layers <= _MOST_LAYERS and weights <= _MOST_WEIGHTS:
             return None
-        return f"a network of {layers} layers and {weights} weights; expected at most {_LAYERS} and {_WEIGHTS}"
+        return (
+            f"a network of {layers} layers and {weights} weights; expected at most {_MOST_LAYERS} and {_MOST_WEIGHTS}"
+        )
 
+    @property
+    def g(self) -> Any:
+        """The activation."""
+        return getattr(jax.nn, self.activation)
 
-def build(spec: NetworkSpec) -> Network:
-    """The network that a spec describes."""
-    return maker(spec)()
-
-
-def maker(spec: NetworkSpec) -> Callable[..., Network]:
-    """What makes the network that a spec describes, with room for more arguments."""
-    common = {"norm": spec.norm, "activation": activation_of(spec.activation), "dtype": jnp.dtype(spec.dtype)}
-    if spec.network == "mlp":
-        return partial(mlp, spec.sizes, **common)
-    channels, *widths, classes = spec.sizes
-    return partial(resnet, classes, in_channels=channels, widths=widths, blocks=spec.blocks, **common)
-
-
-def activation_of(name: str) -> Any:
-    """An activation by its name in `jax.nn`."""
-    return getattr(jax.nn, name)
-
-
-def loss_fn(outputs: Any, y: Any) -> Any:
-    """Mean cross-entropy, of logits in at least float32."""
-    return optax.softmax_cross_entropy_with_integer_labels(outputs.astype(jnp.float32), y).mean()
-
-
-def make_optimizer(options: TrainOptions) -> optax.GradientTransformation:
-    """The optimizer of the options; weight decay is decoupled from it, and leaves γ, β and b alone."""
-    rules = {
-        "sgd": optax.identity,
-        "momentum": lambda: optax.trace(decay=0.9),
-        "rmsprop": optax.scale_by_rms,
-        "adam": optax.scale_by_adam,
-    }
-    return optax.chain(
-        rules[options.optimizer](),
-        optax.add_decayed_weights(options.weight_decay, mask=jbn.weight_decay_mask),
-        optax.scale_by_learning_rate(options.lr),
-    )
+    @property
+    def make(self) -> partial[Network]:
+        """What makes the network, with room for other arguments of `jbn.networks.mlp` or `jbn.networks.resnet`."""
+        named: dict[str, Any] = {"norm": self.stored["norm"], "activation": self.g, "dtype": jnp.dtype(self.dtype)}
+        if self.network == "mlp":
+            return partial(mlp, self.sizes, **named)
+        named |= {"in_channels": self.inputs, "widths": self.widths, "blocks": self.blocks}
+        return partial(resnet, self.classes, **named)

@@ -1,87 +1,35 @@
-"""The options of a run. Each is declared once: its name, type, default, help, and whether it changes the result."""
+"""The options of ``jbn train`` beside those of its network. Each is declared once."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from jbn.cli.bad_input import BadInput
-from jbn.cli.parsers import Parser, address, choice, integer, path, real, sizes
+from jbn.cli.network import NetworkOptions
+from jbn.cli.parsers import address, choice, dashed, integer, option, path, real
 
-__all__ = ["ACTIVATIONS", "DTYPES", "NETWORKS", "TrainOptions", "dashed", "option"]
+__all__ = ["TrainOptions"]
 
-NETWORKS = ("mlp", "resnet")
-NORMS = ("z", "a", "none")
 OPTIMIZERS = ("sgd", "momentum", "rmsprop", "adam")
-ACTIVATIONS = ("sigmoid", "tanh", "relu", "gelu", "silu")
-DTYPES = ("float32", "bfloat16")
 STATS = ("global", "local")
 
 
-def option(
-    parse: Parser | None,
-    metavar: str,
-    help_: str,
-    default: Any = None,
-    *,
-    free: bool = False,
-    own: bool = False,
-    **by_network: Any,
-) -> Any:
-    """Declares an option, as a field of a dataclass.
-
-    Args:
-        parse: None for a pair of flags, --name and --no-name.
-        metavar: what stands for the value in ``--help``.
-        help_: a line for it.
-        default: when it is not given; ``by_network`` where that depends on the network, and where only one has it.
-        free: whether it leaves the result of a run as it is, so that a run may go on from a checkpoint with another.
-        own: whether each of several processes may have its own.
-    """
-    if by_network:
-        shown = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in by_network.items()}
-        (network, value), *others = shown.items()
-        each = ", ".join(f"{value} ({name})" for name, value in shown.items())
-        help_ += f"  [default: {each}]" if others else f"  [{network} only; default: {value}]"
-    metadata = {"parse": parse, "metavar": metavar, "help": help_, "free": free, "own": own, "by_network": by_network}
-    return field(default=default, metadata=metadata)
-
-
-def dashed(name: str) -> str:
-    """A field as it is typed."""
-    return f"--{name.replace('_', '-')}"
-
-
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(NetworkOptions):
     """What ``jbn train`` was asked for, in the words of its options; None for what its network does not have."""
 
-    network: str = option(
-        choice(NETWORKS), "mlp|resnet", "Dense layers (mlp), or convolutions with shortcuts (resnet).", "mlp"
-    )
     data: Path | None = option(
         path, "FILE.npz", "Arrays x, y, and optionally x_test, y_test.  [default: handwritten digits]", own=True
     )
-    norm: str = option(choice(NORMS), "z|a|none", "Normalize before the activation (z), after it (a), or not.", "z")
     compare: bool = option(None, "", "Train the same network without batch norm too.", True, free=True)
     optimizer: str = option(choice(OPTIMIZERS), "|".join(OPTIMIZERS), "How to descend.", "sgd")
     lr: float = option(real(1.0, open_=True), "FLOAT", "Learning rate.", mlp=1.0, resnet=0.3)
     weight_decay: float = option(real(1e-4), "FLOAT", "Decoupled; not of γ, β and b.", 0.0)
-    hidden: tuple[int, ...] | None = option(
-        sizes("128,128,128", "hidden layer"), "INT,INT,…", "Widths of the hidden layers.", mlp=(128, 128, 128)
-    )
-    widths: tuple[int, ...] | None = option(
-        sizes("8,16", "stage"), "INT,INT,…", "Channels of each stage.", resnet=(8, 16)
-    )
-    blocks: int | None = option(integer(1, 1), "INT", "Blocks in each stage.", resnet=1)
-    activation: str = option(
-        choice(ACTIVATIONS), "|".join(ACTIVATIONS), "Of the hidden layers.", mlp="sigmoid", resnet="relu"
-    )
     epochs: int = option(integer(1, 30), "INT", "Passes over the training set.", free=True, mlp=30, resnet=15)
     batch_size: int = option(integer(1, 64), "INT", "Examples a step.", 64)
     accumulate: int = option(integer(1, 1), "INT", "Microbatches that a batch is split into.", 1)
     bn_momentum: float = option(real(0.9, most=1.0), "FLOAT", "Share of running statistics kept.", 0.9)
     target_loss: float = option(real(0.1, open_=True), "FLOAT", "Loss to count the steps to.", 0.1, free=True)
-    dtype: str = option(choice(DTYPES), "float32|bfloat16", "Of the computation.", "float32")
     seed: int = option(integer(0, 0, 2**32 - 1), "INT", "Of the split, the initial W and the order.", 0)
     devices: int = option(integer(1, 4), "INT", "Devices of each process, over which a batch is split.", 1, free=True)
     stats: str = option(
@@ -132,11 +80,7 @@ class TrainOptions:
         return self.devices * (self.num_processes or 1)
 
     def __post_init__(self) -> None:
-        if self.network == "resnet" and self.norm == "a":
-            raise BadInput(
-                "--norm: got a with --network resnet; expected z or none; a residual network normalizes before "
-                "the activation, as in --norm z."
-            )
+        super().__post_init__()
         if self.batch_size % self.accumulate:
             raise BadInput(
                 f"--accumulate: got {self.accumulate}; expected a divisor of --batch-size {self.batch_size}; "
@@ -153,7 +97,7 @@ class TrainOptions:
 
     def _check_processes(self) -> None:
         together = {name: getattr(self, name) for name in ("coordinator", "num_processes", "process_id")}
-        given = [f"--{name.replace('_', '-')}" for name, value in together.items() if value is not None]
+        given = [dashed(name) for name, value in together.items() if value is not None]
         if 0 < len(given) < len(together):
             raise BadInput(
                 f"{given[0]}: got {' and '.join(given)} alone; expected --coordinator, --num-processes and "

@@ -1,15 +1,53 @@
-"""What values options take: a parser is given an option and a raw value, and returns its canonical form, or raises."""
+"""How an option is declared, and what values it takes.
+
+A parser is given an option and a raw value, and returns its canonical form, or raises.
+"""
 
 import math
 from collections.abc import Callable
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from jbn.cli.bad_input import BadInput
 
-__all__ = ["Parser", "address", "choice", "integer", "path", "real", "sizes"]
+__all__ = ["Parser", "address", "choice", "dashed", "integer", "option", "path", "real", "sizes"]
 
 Parser = Callable[[str, Any], Any]
+
+
+def option(
+    parse: Parser | None,
+    metavar: str,
+    help_: str,
+    default: Any = None,
+    *,
+    free: bool = False,
+    own: bool = False,
+    **by_network: Any,
+) -> Any:
+    """Declares an option, as a field of a dataclass.
+
+    Args:
+        parse: None for a pair of flags, --name and --no-name.
+        metavar: what stands for the value in ``--help``.
+        help_: a line for it.
+        default: when it is not given; ``by_network`` where that depends on the network, and where only one has it.
+        free: whether it leaves the result of a run as it is, so that a run may go on from a checkpoint with another.
+        own: whether each of several processes may have its own.
+    """
+    if by_network:
+        shown = {name: ",".join(map(str, v)) if isinstance(v, tuple) else v for name, v in by_network.items()}
+        (network, value), *others = shown.items()
+        each = ", ".join(f"{value} ({name})" for name, value in shown.items())
+        help_ += f"  [default: {each}]" if others else f"  [{network} only; default: {value}]"
+    metadata = {"parse": parse, "metavar": metavar, "help": help_, "free": free, "own": own, "by_network": by_network}
+    return field(default=default, metadata=metadata)
+
+
+def dashed(name: str) -> str:
+    """A field as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def choice(allowed: tuple[str, ...]) -> Parser:

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.interrupt import hear_again
-from jbn.cli.options import TrainOptions, dashed
+from jbn.cli.options import TrainOptions
+from jbn.cli.parsers import dashed
 from jbn.cli.supervision import AGAIN, has_met, never_met
 
 __all__ = ["agreed", "first", "joined", "same"]

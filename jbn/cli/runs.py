@@ -13,8 +13,8 @@ import jbn
 from jbn.cli.bad_input import BadInput
 from jbn.cli.data import Data, Fitted, load_data
 from jbn.cli.fit import evaluate, scorer
+from jbn.cli.models import load_model
 from jbn.cli.network import NetworkSpec
-from jbn.cli.saving import load_model
 from jbn.networks import Network
 
 __all__ = ["Run", "accuracy", "load_run", "refusing"]
@@ -46,7 +46,7 @@ class Run(NamedTuple):
         """Data that fit the network: those of the run, or those of another file."""
         seed, flat = self.options["seed"], self.spec.network == "mlp"
         if file is not None:
-            fitted = Fitted(self.inputs, self.spec.sizes[-1], self.spec.sizes[0], self.names)
+            fitted = Fitted(self.inputs, self.spec.classes, self.spec.inputs, self.names)
             return load_data(file, seed, flat=flat, fitted=fitted)
         own = self.options["data"]
         with _not_given("--data"):
@@ -120,7 +120,7 @@ def _not_given(option: str) -> Iterator[None]:
 def _check_unchanged(data: Data, run: Run) -> None:
     """Whether this is the training set that standardized the inputs of the run."""
     same = [np.shape(then) == now.shape for now, then in zip(data.inputs, run.inputs, strict=True)]
-    if all(same) and data.classes == run.spec.sizes[-1]:
+    if all(same) and data.classes == run.spec.classes:
         same = [np.allclose(now, then, rtol=1e-4, atol=1e-4) for now, then in zip(data.inputs, run.inputs, strict=True)]
         if all(same):
             return

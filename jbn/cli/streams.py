@@ -1,12 +1,15 @@
 """What is printed goes where the user wants it, in any encoding, or one line and the exit code say that it did not."""
 
+import inspect
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
-__all__ = ["Unprinted", "make_ready", "printing", "say"]
+__all__ = ["Unprinted", "hush", "make_ready", "printing", "say"]
 
 
 class Unprinted(Exception):
@@ -15,6 +18,7 @@ class Unprinted(Exception):
 
 def make_ready() -> None:
     """Lets stdout and stderr take any text, with escapes for what their encoding lacks, also where they are closed."""
+    hush()
     for name, number, mode in (("stdout", 1, os.O_RDONLY), ("stderr", 2, os.O_WRONLY)):
         stream = getattr(sys, name)
         if stream is None:
@@ -27,6 +31,23 @@ def make_ready() -> None:
             setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def hush() -> None:
+    """Keeps Orbax from saying again what it raises, for good, since its threads may still be at work afterwards.
+
+    It logs its errors, and where one of many reads or writes fails, it closes the event loop that the others report to.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def without_echo(dropped: Any) -> None:
+        if not (inspect.iscoroutine(dropped.object) or str(dropped.exc_value) == "Event loop is closed"):
+            hook(dropped)
+
+    if getattr(hook, "__name__", None) != without_echo.__name__:
+        sys.unraisablehook = without_echo
 
 
 def say(line: str) -> None:

@@ -16,7 +16,8 @@ from subprocess import PIPE
 from jbn.cli.bad_input import BadInput
 from jbn.cli.child import start
 from jbn.cli.interrupt import signal_seen
-from jbn.cli.options import TrainOptions, dashed
+from jbn.cli.options import TrainOptions
+from jbn.cli.parsers import dashed
 
 __all__ = ["AGAIN", "has_met", "is_child", "never_met", "watched"]
 

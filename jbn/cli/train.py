@@ -3,7 +3,7 @@
 import math
 import platform
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 import jbn
@@ -20,16 +21,17 @@ from jbn.cli import display
 from jbn.cli.activations import last_layer, of_one_layer
 from jbn.cli.bad_input import BadInput
 from jbn.cli.batches import Batches
-from jbn.cli.checkpoints import alone_in
 from jbn.cli.data import Data, load_data
-from jbn.cli.devices import axis_of, make_cpu_devices, mesh_of
-from jbn.cli.fit import Fit, Progress, fit
+from jbn.cli.devices import axis_of, make_cpu_devices, mesh_of, replicated
+from jbn.cli.documents import show, to_json
+from jbn.cli.fit import Progress, SoFar, fit, loss_fn
 from jbn.cli.interrupt import check
-from jbn.cli.network import NetworkSpec, build, loss_fn, make_optimizer
+from jbn.cli.models import save_model
+from jbn.cli.network import NetworkSpec
 from jbn.cli.options import TrainOptions
+from jbn.cli.places import Place, alone_in, results
 from jbn.cli.processes import agreed, first, joined, same
 from jbn.cli.resume import resumed
-from jbn.cli.saving import Place, results, save_model, to_json
 from jbn.training import TrainState, make_train_step
 
 __all__ = ["run"]
@@ -59,7 +61,7 @@ def run(options: TrainOptions) -> None:
                 stack.close()
                 document["options"]["out"] = place.final  # another one, if the name was taken meanwhile
     if place is not None:
-        display.show(document)
+        show(document, display.lines_of(document))
 
 
 def _reserved(options: TrainOptions, stack: ExitStack) -> Place:
@@ -93,22 +95,23 @@ def _fits(
     data: Data,
     batches: Batches,
     mesh: Mesh,
-) -> tuple[dict[str, TrainState], dict[str, Fit]]:
+) -> tuple[dict[str, TrainState], dict[str, SoFar]]:
     """Where each network starts, and what its training gives."""
-    optimizer = make_optimizer(options)
+    optimizer = _optimizer(options)
     starts, fits = {}, {}
-    with display.progress(list(specs), batches.total, first()) as show:
+    with display.progress(list(specs), batches.total, first()) as tell:
         for name, spec in specs.items():
 
-            def tell(made: Progress, name: str = name) -> None:
+            def report_of(made: Progress, name: str = name) -> None:
                 check()
-                show(name, made)
+                tell(name, made)
 
             check()
-            show(name, None)
-            network = build(spec)
+            tell(name, None)
+            network = spec.make()
             params, state = network.init(jax.random.key(options.seed))
             starts[name] = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
+            everywhere = replicated(starts[name], mesh)
             step = make_train_step(
                 network.apply,
                 loss_fn,
@@ -118,8 +121,8 @@ def _fits(
                 axis_name=axis_of(mesh),
                 sync_stats=options.stats == "global",
             )
-            with resumed(options, name, spec, data, starts[name], batches.steps) as (so_far, keeping):
-                fits[name] = fit(network, step, so_far, data, batches, mesh, tell, keeping)
+            with resumed(options, name, spec, data, everywhere, batches.steps) as (so_far, keeping):
+                fits[name] = fit(network, step, so_far, data, batches, mesh, report_of, keeping)
     return starts, fits
 
 
@@ -127,63 +130,65 @@ def _save(
     folder: Path,
     document: dict[str, Any],
     specs: dict[str, NetworkSpec],
-    fits: dict[str, Fit],
+    fits: dict[str, SoFar],
     data: Data,
 ) -> None:
     """Pictures, metrics and models."""
     curves = {
-        f"{name} batch norm": {"loss": done.loss, "accuracy": done.epochs["test_accuracy"]}
+        f"{name} batch norm": {"loss": done.histories["loss"], "accuracy": done.epochs["test_accuracy"]}
         for name, done in fits.items()
     }
     report.plot_curves(curves).savefig(folder / "curves.png")
     values: dict[str, Any] = {}
     for name, done in fits.items():
-        values |= of_one_layer(specs[name], done.params, done.state, data.x_test)
+        values |= of_one_layer(specs[name], *done.train_state[:2], data.x_test)
     _, _, layer = last_layer(next(iter(specs.values())))
     title = f"{layer}, test examples, after training"
     report.plot_activations(values, title=title).savefig(folder / "activations.png")
     for name, done in fits.items():
-        save_model(folder / f"{name}.safetensors", specs[name], done.params, done.state, data.inputs)
+        save_model(folder / f"{name}.safetensors", specs[name], *done.train_state[:2], data.inputs)
     histories = {
-        name: {"loss": done.loss, "skipped": np.flatnonzero(done.skipped), **done.epochs} for name, done in fits.items()
+        name: {"loss": done.histories["loss"], "skipped": np.flatnonzero(done.histories["skipped"]), **done.epochs}
+        for name, done in fits.items()
     }
     (folder / "metrics.json").write_text(to_json({**document, "history": histories}), encoding="utf-8")
 
 
 def _specs(options: TrainOptions, data: Data) -> dict[str, NetworkSpec]:
     """The networks to train, by name: with batch norm and without it."""
-    inner = options.widths if options.network == "resnet" else options.hidden
-    shape = (data.x.shape[-1], *(inner or ()), data.classes)
-    kind, blocks = options.network, options.blocks or 0
-    norms = {"with": options.norm, "without": None}
+    spec = NetworkSpec.of(options, data.x.shape[-1], data.classes)
+    plain = {"without": replace(spec, norm="none")}
     if options.norm == "none":
-        norms = {"without": None}
-    elif not options.compare:
-        norms = {"with": options.norm}
-    specs = {
-        name: NetworkSpec(kind, shape, norm, options.activation, options.dtype, blocks) for name, norm in norms.items()
+        return plain
+    return {"with": spec, **(plain if options.compare else {})}
+
+
+def _optimizer(options: TrainOptions) -> optax.GradientTransformation:
+    """Weight decay is decoupled from it, and leaves γ, β and b alone."""
+    rules = {
+        "sgd": optax.identity,
+        "momentum": lambda: optax.trace(decay=0.9),
+        "rmsprop": optax.scale_by_rms,
+        "adam": optax.scale_by_adam,
     }
-    for spec in specs.values():
-        if spec.excess:
-            option = "--hidden" if kind == "mlp" else "--widths"
-            raise BadInput(f"{option}: got {spec.excess}; choose fewer or narrower layers.")
-    return specs
+    return optax.chain(
+        rules[options.optimizer](),
+        optax.add_decayed_weights(options.weight_decay, mask=jbn.weight_decay_mask),
+        optax.scale_by_learning_rate(options.lr),
+    )
 
 
 def _document(
-    options: TrainOptions, data: Data, steps: int, starts: dict[str, TrainState], fits: dict[str, Fit]
+    options: TrainOptions, data: Data, steps: int, starts: dict[str, TrainState], fits: dict[str, SoFar]
 ) -> dict[str, Any]:
     """What is printed, and heads metrics.json."""
     summary = {
         name: {
-            "train_loss": done.epochs["train_loss"][-1],
-            "train_accuracy": done.epochs["train_accuracy"][-1],
-            "test_loss": done.epochs["test_loss"][-1],
-            "test_accuracy": done.epochs["test_accuracy"][-1],
+            **{score: values[-1] for score, values in done.epochs.items()},
             "steps_to_target": done.steps_to(options.target_loss),
             "ms_per_step": done.ms_per_step,
-            "compile_s": done.compile_s,
-            "skipped_steps": int(done.skipped.sum()),
+            "compile_s": done.histories["compile_s"].item(),
+            "skipped_steps": int(done.histories["skipped"].sum()),
         }
         for name, done in fits.items()
     }

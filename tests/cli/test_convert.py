@@ -14,8 +14,8 @@ from support.saved_runs import call
 
 from jbn import BNStats
 from jbn.cli import main
-from jbn.cli.network import NetworkSpec, build
-from jbn.cli.saving import load_model, save_model
+from jbn.cli.models import load_model, save_model
+from jbn.cli.network import NetworkSpec
 from jbn.convert import read_file, write_file
 
 STATE_DICT = {
@@ -61,8 +61,8 @@ def test_a_state_dict_opens_as_variables_of_flax_and_comes_back(state_dict, tmp_
 
 
 def test_a_model_of_a_run_goes_through_all_and_is_the_same(tmp_path, capsys):
-    spec = NetworkSpec("mlp", (4, 6, 3), "z", "relu", "float32")
-    params, state = build(spec).init(jax.random.key(0))
+    spec = NetworkSpec(inputs=4, hidden=(6,), classes=3, norm="z", activation="relu")
+    params, state = spec.make().init(jax.random.key(0))
     model = tmp_path / "with.safetensors"
     save_model(model, spec, params, state, BNStats(*np.ones((3, 4), np.float32)))
     steps = ("torch.npz", "torch"), ("flax.npz", "flax"), ("jbn.safetensors", "jbn")

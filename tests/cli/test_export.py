@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,13 @@ from support.saved_runs import call, forward, images, standardized
 
 from jbn import BNStats, normalize_inputs
 from jbn.cli import main
-from jbn.cli.network import NetworkSpec, build, maker
-from jbn.cli.saving import load_model, save_model
+from jbn.cli.models import load_model, save_model
+from jbn.cli.network import NetworkSpec
 from jbn.export import Array, describe
 from jbn.networks import fold
 
-MLP = NetworkSpec("mlp", (48, 7, 5, 3), "a", "tanh", "float32")
-RESNET = NetworkSpec("resnet", (2, 4, 5, 3), "z", "relu", "float32", 1)
+MLP = NetworkSpec(inputs=48, hidden=(7, 5), classes=3, norm="a", activation="tanh")
+RESNET = NetworkSpec("resnet", inputs=2, widths=(3,), blocks=1, classes=3, activation="relu")
 IMAGES = images(0)["x"].astype(np.float32)
 
 
@@ -30,10 +31,10 @@ def saved(folder, spec):
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps({"options": options}))
     _, inputs = normalize_inputs(IMAGES)
-    for name, norm in (("with", spec.norm), ("without", None)):
-        params, state = build(spec._replace(norm=norm)).init(jax.random.key(0))
+    for name, each in {"with": spec, "without": replace(spec, norm="none")}.items():
+        params, state = each.make().init(jax.random.key(0))
         state = jax.tree.map(lambda v: v + 0.5 if v.dtype == jnp.float32 else v, state)
-        save_model(folder / f"{name}.safetensors", spec._replace(norm=norm), params, state, inputs)
+        save_model(folder / f"{name}.safetensors", each, params, state, inputs)
     return folder
 
 
@@ -70,8 +71,8 @@ def test_the_file_takes_the_data_as_they_are(run, capsys):
 
 def test_what_was_folded_is_exported_too(run, capsys):
     _, params, state, inputs = load_model(run / "with.safetensors")
-    _, params = fold(maker(MLP), params, state)
-    save_model(run / "folded.safetensors", MLP._replace(norm=None), params, [None] * 3, inputs)
+    _, params = fold(MLP.make, params, state)
+    save_model(run / "folded.safetensors", replace(MLP, norm="none"), params, [None] * 3, inputs)
     whole = call(capsys, "export", run)
     folded = call(capsys, "export", run, "--model", "folded.safetensors", "--out", run / "folded.jax")
     assert folded["bytes"] < whole["bytes"]
@@ -84,7 +85,7 @@ def test_a_residual_network_takes_images_of_any_size(resnet_run, tmp_path, capsy
     printed = call(capsys, "export", resnet_run, "--out", tmp_path / "network")
     assert printed["x"]["shape"] == ["n", "h", "w", 2]
     spec, params, state, inputs = load_model(resnet_run / "with.safetensors")
-    network = build(spec)
+    network = spec.make()
     for shape in ((60, 6, 4, 2), (1, 8, 9, 2)):
         x = np.random.default_rng(0).normal(3, 1, shape).astype(np.float32)
         wanted, _ = network.apply(params, state, normalize_inputs(x, inputs)[0], train=False)
@@ -105,13 +106,13 @@ def clock_run(run, monkeypatch):
     """A run on seconds since 1970, whose statistics are known in float64."""
     import jbn.cli.runs
 
-    spec = NetworkSpec("mlp", (2, 4, 3), "z", "tanh", "float32")
-    params, state = build(spec).init(jax.random.key(0))
+    spec = NetworkSpec(inputs=2, hidden=(4,), classes=3, norm="z", activation="tanh")
+    params, state = spec.make().init(jax.random.key(0))
     x = np.random.default_rng(0).uniform(1.7e9, 1.7e9 + 60, (30, 2))
     inputs = BNStats(x.mean(0), x.var(0), np.full(2, 30, np.float32))
     save_model(run / "clock.safetensors", spec, params, state, BNStats(*map(np.float32, inputs)))
     monkeypatch.setattr(jbn.cli.runs, "load_model", lambda file: (spec, params, state, inputs))
-    return run, x, build(spec).apply(params, state, jnp.float32((x - x.mean(0)) / x.std(0)), train=False)[0]
+    return run, x, spec.make().apply(params, state, jnp.float32((x - x.mean(0)) / x.std(0)), train=False)[0]
 
 
 def test_data_that_float32_would_lose_are_taken_in_float64(clock_run, capsys):
@@ -214,7 +215,7 @@ class TestBadInput:
             f"--out: got {run / 'a.onnx'} for data that float32 cannot tell apart, so far is their"
         )
         spec, *arrays = load_model(run / "with.safetensors")
-        monkeypatch.setattr("jbn.cli.runs.load_model", lambda file: (spec._replace(dtype="bfloat16"), *arrays))
+        monkeypatch.setattr("jbn.cli.runs.load_model", lambda file: (replace(spec, dtype="bfloat16"), *arrays))
         message = self.refused(capsys, run, "--out", run / "a.onnx")
         assert "for a network that computes in bfloat16; expected float32, since runtimes for ONNX lack" in message
 

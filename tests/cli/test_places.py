@@ -10,9 +10,7 @@ from support.saved_runs import two_classes
 import jbn.cli.train
 from jbn.cli import main
 from jbn.cli.bad_input import BadInput
-from jbn.cli.checkpoints import alone_in
-from jbn.cli.locks import take
-from jbn.cli.saving import new_file, new_folder, results
+from jbn.cli.places import alone_in, new_file, new_folder, results, take
 
 SMALL = ("--epochs", "1", "--batch-size", "32", "--hidden", "3", "--norm", "none")
 
@@ -89,11 +87,11 @@ class TestNames:
 class TestLeftovers:
     @pytest.fixture(autouse=True)
     def any_age_will_do(self, monkeypatch):
-        monkeypatch.setattr("jbn.cli.saving._STALE", -3600.0)
+        monkeypatch.setattr("jbn.cli.places._STALE", -3600.0)
 
     def test_one_that_has_just_been_made_is_not_taken_for_a_leftover(self, tmp_path, monkeypatch):
         """Its process may be about to lock it."""
-        monkeypatch.setattr("jbn.cli.saving._STALE", 3600.0)
+        monkeypatch.setattr("jbn.cli.places._STALE", 3600.0)
         (tmp_path / ".jbn-new").mkdir()
         with new_folder(tmp_path / "out"):
             pass
@@ -115,7 +113,7 @@ class TestLeftovers:
         assert sorted(os.listdir(tmp_path)) == ["file", "out"]
 
     def test_a_leftover_of_the_same_name_is_no_hindrance(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("jbn.cli.saving._STALE", 3600.0)
+        monkeypatch.setattr("jbn.cli.places._STALE", 3600.0)
         with new_folder(tmp_path / "out") as work:
             hidden = work.parents[1]
         (hidden / "work" / "out").mkdir(parents=True)
@@ -128,7 +126,7 @@ class TestLeftovers:
         def none(*arguments):
             raise OSError(38, "Function not implemented")
 
-        monkeypatch.setattr("jbn.cli.locks.fcntl.flock", none)
+        monkeypatch.setattr("jbn.cli.places.fcntl.flock", none)
         with new_folder(tmp_path / "out") as work:
             (work / "file").touch()
         assert os.listdir(tmp_path / "out") == ["file"]

@@ -21,8 +21,8 @@ import jbn.cli.fit
 from jbn.cli import main
 from jbn.cli.checkpoints import Checkpoints
 
-MLP = ("--hidden", "7,5", "--batch-size", "16", "--epochs", "4")  # of 3 steps
-RESNET = ("--network", "resnet", "--widths", "3,4", "--batch-size", "16", "--epochs", "4")
+MLP = ("--hidden", "3", "--batch-size", "16", "--epochs", "4")  # of 3 steps
+RESNET = ("--network", "resnet", "--widths", "3", "--batch-size", "16", "--epochs", "4")
 ALONE = ("--no-compare",)
 TIMES = ("compile_s", "ms_per_step")
 
@@ -139,7 +139,7 @@ class TestInOneProcess:
 
     def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(self, finished, data, tmp_path, capsys):
         arguments, kept = (*MLP, *ALONE), shutil.copytree(finished / "kept", tmp_path / "kept")
-        (kept / "with" / "12" / "arrays" / "checkpoint" / "0").write_bytes(b"")
+        (kept / "with" / "12" / "train_state" / "manifest.ocdbt").write_bytes(b"")
         assert main(command(data, tmp_path / "resumed", *arguments, "--checkpoint-dir", kept)) == 0
         assert capsys.readouterr().err == (
             f"jbn: --checkpoint-dir: got {kept}/with with damage in 12; going on from 9.\n"
@@ -174,7 +174,7 @@ class TestRefused:
         ("option", "got", "expected"),
         [
             ("--lr", "0.5", "1.0"),
-            ("--hidden", "7,6", "7,5"),
+            ("--hidden", "4", "3"),
             ("--batch-size", "12", "16"),
             ("--optimizer", "adam", "sgd"),
             ("--norm", "a", "z"),
@@ -278,6 +278,24 @@ class TestKilled:
         run_to_the_end(line)
         assert names(kept / "without") == ({176, 178, 180}, set())
         same(tmp_path / "out", plain)
+
+    @pytest.mark.nightly
+    def test_where_one_of_several_processes_has_no_room_all_end_with_a_line(self, data, tmp_path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = f"127.0.0.1:{free.getsockname()[1]}"
+        together = (*MLP, *ALONE, "--checkpoint-dir", tmp_path / "kept", "--coordinator", meeting, "--num-processes", 2)
+        lines = [command(data, tmp_path / "out", *together, "--process-id", i) for i in range(2)]
+        calls = [[sys.executable, "-m", "jbn", *line] for line in lines]
+        # Its files may have 1024 bytes, fewer than a checkpoint needs.
+        calls[0] = ["sh", "-c", 'trap "" XFSZ; ulimit -f 2; exec "$@"', "sh", *calls[0]]
+        processes = [subprocess.Popen(call, stdout=PIPE, stderr=PIPE, text=True) for call in calls]
+        errors = [process.communicate(timeout=120)[1].splitlines()[-1] for process in processes]
+        assert [process.returncode for process in processes] == [2, 2]
+        assert errors[0].startswith(f"jbn: --checkpoint-dir: got {tmp_path}/kept/with (File too large); expected room ")
+        assert errors[1].startswith("jbn: --process-id: got process 1 of 2 ")
+        assert not (tmp_path / "out").exists()
+        assert names(tmp_path / "kept" / "with") == (set(), set())
 
     @pytest.mark.nightly
     def test_several_processes_go_on_together(self, data, tmp_path, capsys):

@@ -15,42 +15,39 @@ import jbn
 from jbn.cli import main
 from jbn.cli.activations import of_one_layer
 from jbn.cli.inspect import _as_table
-from jbn.cli.network import NetworkSpec, build
-from jbn.cli.saving import load_model, save_model
+from jbn.cli.models import load_model, save_model
+from jbn.cli.network import NetworkSpec
 from jbn.report import LayerSummary, Summary
 
 
 class TestResnet:
-    def test_learns_from_images_beside_the_network_without_norms(self, resnet_run):
+    def test_learns_from_images(self, resnet_run):
         _, printed = resnet_run
         assert printed["summary"]["with"]["test_accuracy"] >= 0.8
-        assert set(printed["summary"]) == {"with", "without"}
         assert printed["options"]["hidden"] is None
         assert (printed["options"]["blocks"], printed["options"]["lr"]) == (1, 0.3)
         assert printed["data"]["features"] == 48
-        assert "initial W" in printed["held_equal"]
-
-    def test_leaves_the_files_of_a_run(self, resnet_run):
-        files = {"activations.png", "curves.png", "metrics.json", "with.safetensors", "without.safetensors"}
-        assert set(os.listdir(resnet_run[0] / "run")) == files
 
     def test_a_saved_network_is_built_again_and_gives_the_printed_accuracy(self, resnet_run):
         folder, printed = resnet_run
         _, x, _, y = split()
-        for name in ("with", "without"):
-            spec, params, state, inputs = load_model(folder / "run" / f"{name}.safetensors")
-            assert spec == NetworkSpec("resnet", (2, 4, 5, 3), "z" if name == "with" else None, "relu", "float32", 1)
-            z, _ = jbn.normalize_inputs(x, inputs)
-            outputs, _ = build(spec).apply(params, state, z, train=False)
-            accuracy = np.mean(np.argmax(np.asarray(outputs), -1) == y)
-            assert accuracy == pytest.approx(printed["summary"][name]["test_accuracy"])
+        spec, params, state, inputs = load_model(folder / "run" / "with.safetensors")
+        assert spec == NetworkSpec("resnet", inputs=2, widths=(4, 5), blocks=1, classes=3, activation="relu")
+        z, _ = jbn.normalize_inputs(x, inputs)
+        outputs, _ = spec.make().apply(params, state, z, train=False)
+        accuracy = np.mean(np.argmax(np.asarray(outputs), -1) == y)
+        assert accuracy == pytest.approx(printed["summary"]["with"]["test_accuracy"])
 
     @pytest.mark.nightly
-    def test_takes_the_digits_as_images(self, tmp_path, capsys):
-        options = ("--widths", "2", "--epochs", 1, "--batch-size", 512, "--no-compare")
+    def test_takes_the_digits_as_images_beside_the_network_without_norms(self, tmp_path, capsys):
+        options = ("--widths", "2", "--epochs", 1, "--batch-size", 512)
         printed = call(capsys, "train", "--network", "resnet", *options, "--out", tmp_path / "run")
         assert load_model(tmp_path / "run" / "with.safetensors")[0].sizes == (1, 2, 10)
         assert printed["steps"] == 2
+        assert set(printed["summary"]) == {"with", "without"}
+        assert "initial W" in printed["held_equal"]
+        files = {"activations.png", "curves.png", "metrics.json", "with.safetensors", "without.safetensors"}
+        assert set(os.listdir(tmp_path / "run")) == files
 
     def test_every_command_takes_it(self, resnet_run, tmp_path, capsys):
         run = shutil.copytree(resnet_run[0] / "run", tmp_path / "run")
@@ -204,7 +201,7 @@ class TestFold:
         _, params, state, inputs = load_model(run / "with.safetensors")
         wanted, _ = forward(params, state, standardized(x, inputs))
         spec, params, state, inputs = load_model(run / "f.safetensors")
-        assert spec.norm is None
+        assert spec.norm == "none"
         assert [layer["bn"] for layer in params] == [None] * 3
         assert state == [None] * 3
         got, _ = forward(params, state, standardized(x, inputs))

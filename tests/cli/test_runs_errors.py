@@ -11,8 +11,9 @@ from support import saved_runs
 from support.saved_runs import call, images
 
 from jbn.cli.bad_input import BadInput
-from jbn.cli.network import NetworkSpec, build
-from jbn.cli.saving import load_model, new_file, replaced_files, save_model
+from jbn.cli.models import load_model, save_model
+from jbn.cli.network import NetworkSpec
+from jbn.cli.places import new_file, replaced_files
 
 COMMANDS = ("inspect", "calibrate", "fold")
 
@@ -126,7 +127,7 @@ class TestBadInput:
     def test_arrays_that_are_not_those_of_the_network(self, run, capsys, change, reason):
         file = run / "with.safetensors"
         arrays = {name: array for name, array in {**load_file(file), **change}.items() if array is not None}
-        save_file(arrays, file, {"network": json.dumps(load_model(file)[0]._asdict())})
+        save_file(arrays, file, {"network": json.dumps(load_model(file)[0].stored)})
         message = f"RUN_DIR: got {file} ({reason}); expected a model file that jbn saved; train it again."
         assert self.refused(capsys, run, "calibrate", run) == message
 
@@ -136,7 +137,7 @@ class TestBadInput:
     )
     def test_a_network_that_is_not_known(self, run, capsys, change):
         file = run / "with.safetensors"
-        save_file(load_file(file), file, {"network": json.dumps({**load_model(file)[0]._asdict(), **change})})
+        save_file(load_file(file), file, {"network": json.dumps({**load_model(file)[0].stored, **change})})
         message = self.refused(capsys, run, "inspect", run)
         assert message == (
             f"RUN_DIR: got {file} (it does not say which network it holds); expected a model file that jbn saved; "
@@ -186,8 +187,8 @@ class TestBadInput:
         )
 
     def test_weights_that_overflow(self, run, capsys):
-        spec = NetworkSpec("mlp", (48, 4, 3), "z", "relu", "float32")
-        params, state = build(spec).init(jax.random.key(0))
+        spec = NetworkSpec(inputs=48, hidden=(4,), classes=3, norm="z", activation="relu")
+        params, state = spec.make().init(jax.random.key(0))
         params[0]["W"] = jnp.full_like(params[0]["W"], 3e38)
         save_model(run / "huge.safetensors", spec, params, state, load_model(run / "with.safetensors")[3])
         message = self.refused(capsys, run, "calibrate", run, "--model", "huge.safetensors")

@@ -3,9 +3,15 @@
 import resource
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jbn.cli.checkpoints import Checkpoint, checkpoints
+from jbn.cli.checkpoints import checkpoints
+from jbn.cli.fit import SoFar
+from jbn.cli.streams import hush
+
+hush()  # as the command line does
 
 IDENTITY = {"--norm": "z", "--hidden": (6, 5), "--lr": 0.1, "--data": "examples 1a2b"}
 
@@ -14,15 +20,18 @@ def made(step):
     """A checkpoint with every kind of array that a run holds."""
     rng = np.random.default_rng(step)
     loss = rng.normal(size=step).astype(np.float32)
-    loss[0] = np.nan
-    arrays = {
-        "train_state/params/0/W": rng.normal(size=(6, 5)).astype(np.float32),
-        "train_state/step": np.asarray(step, np.int32),
-        "loss": loss,
-        "skipped": np.isnan(loss),
-        "epochs/test_accuracy": rng.uniform(size=step // 10),
-    }
-    return Checkpoint(step, arrays)
+    loss[:1] = np.nan
+    train_state = {"params": [{"W": rng.normal(size=(6, 5)).astype(np.float32)}], "step": np.asarray(step, np.int32)}
+    histories = {"loss": loss, "skipped": np.isnan(loss), "test_accuracy": rng.uniform(size=step // 10)}
+    return SoFar(jax.tree.map(jnp.asarray, train_state), histories)
+
+
+START = made(0)
+
+
+def newest(folder, identity=IDENTITY, start=START):
+    with checkpoints(folder, identity) as each:
+        return each.newest(start)
 
 
 def saved(folder, *steps, identity=IDENTITY):

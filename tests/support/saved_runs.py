@@ -92,7 +92,7 @@ def trained(folder, *arguments):
 
 
 def train_resnet(folder):
-    return trained(folder, "--network", "resnet", "--widths", "4,5", "--epochs", 4)
+    return trained(folder, "--network", "resnet", "--widths", "4,5", "--epochs", 4, "--no-compare")
 
 
 def train_mlp(folder):
@@ -102,7 +102,7 @@ def train_mlp(folder):
 
 
 # An mlp that is trained alone, in 4 epochs of 3 steps.
-ALONE = ("--hidden", "7,5", "--batch-size", "16", "--epochs", "4", "--no-compare")
+ALONE = ("--hidden", "3", "--batch-size", "16", "--epochs", "4", "--no-compare")
 
 
 def train_with_checkpoints(folder):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jbn.cli.bench.contestants import CONTESTANTS
 from jbn.cli.bench.options import BenchOptions
-from jbn.cli.saving import to_json
+from jbn.cli.documents import to_json
 from jbn.cli.streams import printing
 
 __all__ = ["progress", "show"]

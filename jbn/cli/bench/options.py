@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jbn.cli.bad_input import BadInput
-from jbn.cli.options import option
-from jbn.cli.parsers import choice, integer
+from jbn.cli.parsers import choice, integer, option
 
 __all__ = ["BenchOptions"]
 

@@ -1,14 +1,23 @@
 """Makes the stored files that tests/cli/test_stored_files.py reads: ``python tests/cli/files/make.py FOLDER``.
 
-The committed ones were made by version 0.1.0, before any file had a digest or its arrays in float64. They stay as they
-are, so that what users have on their disks is still read; a new format gets files of its own beside them.
+The committed ones stay as they are, so that what users have on their disks is still read; a new format gets files of
+its own beside them. All are of version 0.1.0, in the order in which its formats came:
+
+- ``version-0.1.0.zip``: no file has a digest, nor its arrays in float64; a run of an mlp with its checkpoints, and one
+  of a resnet.
+- ``packed.zip``: models have digests; all arrays of a checkpoint are packed into one. An mlp, and in ``kept.npz`` what
+  its last checkpoint holds.
+- ``trees.zip``: a checkpoint is a pytree. What ``packed.zip`` holds, made by the code as it is; this is what the
+  program writes.
 """
 
+import json
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from jbn.cli import main
@@ -23,14 +32,26 @@ def images():
     return {"x": x, "y": y}
 
 
+def restored(step):
+    """The arrays of a checkpoint by their names, read by Orbax alone; those of the histories by their last names."""
+    from orbax.checkpoint import StandardCheckpointer
+
+    with StandardCheckpointer() as reader:
+        items = {name: reader.restore((step / name).absolute()) for name in ("train_state", "histories")}
+    leaves = jax.tree_util.tree_leaves_with_path(items)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return {name.removeprefix("histories/"): array for name, array in named.items()}
+
+
 def make(folder):
-    """A run of an mlp with its checkpoints, and one of a resnet."""
+    """A run of an mlp with its checkpoints."""
     np.savez(folder / "data.npz", **images())
     common = ["--data", "data.npz", "--batch-size", "8", "--epochs", "2", "--no-compare"]
-    mlp = ["--hidden", "3,2", "--lr", "0.25", "--checkpoint-dir", "kept", "--checkpoint-every", "2"]
-    resnet = ["--network", "resnet", "--widths", "2", "--activation", "gelu"]
-    assert main(["train", *common, *mlp, "--out", "mlp"]) == 0
-    assert main(["train", *common, *resnet, "--out", "resnet"]) == 0
+    mlp = ["--hidden", "3,2", "--lr", "0.25", "--optimizer", "momentum"]
+    assert main(["train", *common, *mlp, "--checkpoint-dir", "kept", "--checkpoint-every", "4", "--out", "mlp"]) == 0
+    record = json.loads((folder / "kept" / "with" / "4" / "record" / "metadata").read_text())
+    assert record["step"] == 4
+    np.savez_compressed("kept.npz", **restored(folder / "kept" / "with" / "4"))
 
 
 if __name__ == "__main__":
@@ -40,6 +61,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         make(Path(place))
-        with zipfile.ZipFile(target / "version-0.1.0.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(path for path in Path(".").rglob("*") if path.is_file() and path.suffix != ".png"):
-                archive.write(file)
+        with zipfile.ZipFile(target / "trees.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(path for path in Path(".").rglob("*") if path.is_file()):
+                if file.suffix != ".png" and file.name != ".lock":
+                    archive.write(file)
