@@ -45,9 +45,9 @@ def digits():
 def test_it_learns_digits_and_its_running_statistics_serve_evaluation():
     network = resnet(10, in_channels=1, widths=(8, 16), blocks=1)
     (x, y), (x_test, y_test) = digits()
-    epochs, batch_size = 8, 64
+    epochs, batch_size = 3, 64
     batches = len(y) // batch_size
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, epochs * batches))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.02, epochs * batches))
     step = make_train_step(network.apply, cross_entropy, optimizer)
 
     @jax.jit
