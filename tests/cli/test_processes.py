@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.saved_runs import two_classes
 
-from jbn.cli import child, main, processes, supervision
+from jbn.cli import child, commands, main, processes, supervision
 from jbn.cli.bad_input import BadInput
 from jbn.cli.options import TrainOptions
 
@@ -257,12 +257,13 @@ def test_what_one_process_finds_or_has_otherwise_is_what_all_of_them_say(monkeyp
 
 
 def test_the_child_is_asked_for_the_same_run():
-    from jbn.cli import commands
+    def asked(*argv):
+        return TrainOptions.of(**commands.parse(["train", *argv]).keywords)
 
     given = ["--network", "resnet", "--widths", "3,4", "--no-compare", "--lr", "1e-05", "--data", "a b.npz"]
     together = ["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "1", "--seed", "7"]
-    (options,) = commands.parse(["train", *given, *together]).args
-    assert commands.parse(["train", *supervision._typed(options)]).args == (options,)
+    options = asked(*given, *together)
+    assert asked(*supervision._typed(options)) == options
 
 
 IN_CHILD = """
