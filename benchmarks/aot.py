@@ -104,14 +104,13 @@ def page(run: harness.Run) -> str:
         f"x is {run.settings['shape'].replace(',', '×')}, channels last. {ABOUT}",
     ]
     dtypes, cells = list(run.by("dtype")), run.by("target", "program", "contestant", "dtype")
-    for (target, name), chosen in run.by("target", "program").items():
+    for target, name in run.by("target", "program"):
         header = ["", *(f"{d} {what}" for d in dtypes for what in ("passes", "kernels", "temporaries"))]
         lines = [
             [CONTESTANTS[n].title, *(cell for d in dtypes for cell in _cells(cells[target, name, n, d][0]))]
             for n in run.by("contestant")
         ]
         parts += [f"## {TARGETS[target][0]}: {name}", harness.table(header, lines)]
-        parts += [f"{CONTESTANTS[r['contestant']].title}, {r['dtype']}: {r['error']}" for r in chosen if r["error"]]
     return "\n\n".join(parts)
 
 
@@ -126,7 +125,7 @@ def picture(run: harness.Run) -> Any:
     """Passes over x, a panel for each target and program."""
     targets, names, contestants = run.by("target"), run.by("program"), list(run.by("contestant"))
     size = (4.5 * len(names), 2.8 * len(targets))
-    figure, axes = harness.figure(nrows=len(targets), ncols=len(names), figsize=size, squeeze=False, sharey=True)
+    figure, axes = harness.figure(*size, nrows=len(targets), ncols=len(names), squeeze=False, sharey=True)
     for panel, ((target, name), rows) in zip(axes.flat, run.by("target", "program").items(), strict=True):
         series: dict[str, list[float]] = {}
         for row in rows:
@@ -145,13 +144,11 @@ if __name__ == "__main__":
         measure,
         page,
         picture,
-        lists={
-            "targets": (TARGETS, TARGETS),
-            "dtypes": (harness.DTYPES[:2], harness.DTYPES[:2]),
-            "programs": (PROGRAMS, PROGRAMS),
-            "contestants": (IN_JAX, USUAL),
-        },
         options={
+            "targets": harness.some(TARGETS, TARGETS),
+            "dtypes": harness.some(harness.DTYPES[:2], harness.DTYPES[:2]),
+            "programs": harness.some(PROGRAMS, PROGRAMS),
+            "contestants": harness.some(IN_JAX, USUAL),
             "shape": {"default": "512,56,56,64", "help": "of x, channels last"},
             "dump": {"type": Path, "metavar": "DIR", "help": "write the optimized HLO there"},
         },

@@ -87,27 +87,20 @@ def page(run: harness.Run) -> str:
         header = ["", "bytes accessed, GB", "temporaries, GB", "arithmetic, TFLOP", "kernels", "compilation, s"]
         if target == "tpu256":
             header += ["collectives", "received by each chip, MB"]
-        parts += [
-            f"## {TARGETS[target][0]}",
-            harness.table(header, [_cells(row)[: len(header)] for row in rows]),
-            *(f"{_title(row)}: {row['error']}" for row in rows if row["error"]),
-        ]
+        parts += [f"## {TARGETS[target][0]}", harness.table(header, [_cells(row)[: len(header)] for row in rows])]
     return "\n\n".join(parts)
 
 
-def _title(row):
-    return NORMS[row["norm"]].title + (", remat" if row["remat"] else "")
-
-
 def _cells(row):
+    title = NORMS[row["norm"]].title + (", remat" if row["remat"] else "")
     if row["error"]:
-        return [_title(row), *["–"] * 7]
+        return [title, *["–"] * 7]
     reported = "" if row["reported"] is None else f" ({row['reported'] / 1e9:.1f})"
     return [
-        _title(row),
+        title,
         f"{row['bytes'] / 1e9:.1f}{reported}",
-        f"{row['temporaries'] / 1e9:.2f}",
-        "–" if row["flops"] is None else f"{row['flops'] / 1e12:.2f}",
+        harness.cell(row["temporaries"] / 1e9),
+        harness.cell(row["flops"] and row["flops"] / 1e12),
         row["kernels"],
         f"{row['compilation']:.0f}",
         ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()) or "none",
@@ -120,8 +113,9 @@ if __name__ == "__main__":
         __doc__,
         measure,
         page,
-        lists={"targets": (TARGETS, TARGETS), "contestants": (IN_JAX, ("jbn", "linen", "none"))},
         options={
+            "targets": harness.some(TARGETS, TARGETS),
+            "contestants": harness.some(IN_JAX, ("jbn", "linen", "none")),
             "dtype": {"choices": harness.DTYPES[:2], "default": "bfloat16"},
             "batch": {"type": int, "default": 128, "help": "images on each chip"},
             "depth": {"type": int, "choices": (18, 34, 50, 101, 152), "default": 50},

@@ -6,8 +6,8 @@ the clock; every turn compiles anew. Eager calls are training and evaluation ste
 of a `jax.vjp`, in bytes over those of x.
 """
 
+import argparse
 import itertools
-import random
 import subprocess
 import sys
 import time
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn.cli.bench.contestants import CONTESTANTS, IN_JAX, PASSES, Case, Layer, missing
-from jbn.cli.bench.engine import Turn, interleave, ratios, spread, timed
+from jbn.cli.bench.engine import Turn, ratios, spread, timed
 
 LAYERS = 20
 SHAPE = (32, 28, 28, 64)  # of the data that compilation is for
@@ -94,30 +94,23 @@ def eager(name: str, mode: str) -> Turn:
 
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
-    names, order = run.able(("jbn", *options.contestants)), random.Random(options.seed)
-
-    def times(makers: dict[str, Any], turn_seconds: float = 0.0) -> dict[str, list[float]]:
-        seconds, errors = interleave(makers, rounds=options.rounds, turn_seconds=turn_seconds, order=order)
-        for name, error in errors.items():
-            print(f"{name}: {error}", file=sys.stderr)
-        return seconds
-
+    names = run.able(("jbn", *options.contestants))
     able = [name for name in IMPORTS if name == "jax" or not missing([name])]
     imports = {f"import {name}": partial(importing, *IMPORTS[name]) for name in able}
-    yield {"part": "import", "of": "", "seconds": times(imports)}
+    once = argparse.Namespace(rounds=options.rounds, turn=0, order=options.order)  # no turn is repeated
+    yield {"part": "import", "of": "", **harness.timings(once, imports)}
     for dtype in options.dtypes:
         stages: dict[str, list[list[float]]] = {name: [] for name in names}
-        seconds = times({name: partial(compiling, name, dtype, stages[name]) for name in names})
+        timings = harness.timings(once, {name: partial(compiling, name, dtype, stages[name]) for name in names})
         medians = {
             # Without those of the turn that warms up.
             name: dict(zip(STAGES, (spread(each).median for each in zip(*taken[1:], strict=True)), strict=True))
             for name, taken in stages.items()
         }
-        yield {"part": "compilation", "of": dtype, "seconds": seconds, "stages": medians}
+        yield {"part": "compilation", "of": dtype, **timings, "stages": medians}
         yield {"part": "kept", "of": dtype, "over_x": {name: float(f"{kept(name, dtype):.4g}") for name in names}}
     for mode in PASSES:
-        seconds = times({name: partial(eager, name, mode) for name in names}, options.turn)
-        yield {"part": "eager", "of": mode, "seconds": seconds}
+        yield {"part": "eager", "of": mode} | harness.timings(options, {n: partial(eager, n, mode) for n in names})
 
 
 def page(run: harness.Run) -> str:
@@ -179,6 +172,9 @@ if __name__ == "__main__":
         page,
         rounds=9,
         turn=0.05,
-        lists={"contestants": (IN_JAX, ("jbn", "linen", "plain")), "dtypes": (harness.DTYPES, harness.DTYPES[:2])},
+        options={
+            "contestants": harness.some(IN_JAX, ("jbn", "linen", "plain")),
+            "dtypes": harness.some(harness.DTYPES, harness.DTYPES[:2]),
+        },
         quick={"dtypes": 1, "rounds": 2},
     )
