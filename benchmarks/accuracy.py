@@ -145,28 +145,20 @@ def _cell(row, quantity):
 
 def picture(run: harness.Run) -> Any:
     """Error over mean/std on log-log axes, a panel for each dtype and quantity."""
-    dtypes, names = run.by("dtype"), list(run.by("contestant"))
+    dtypes, names = list(run.by("dtype")), list(run.by("contestant"))
     size = (4 * len(QUANTITIES), 3.6 * len(dtypes))
     figure, axes = harness.figure(*size, nrows=len(dtypes), ncols=len(QUANTITIES), squeeze=False)
-    for line, dtype in enumerate(dtypes):
-        for panel, quantity in zip(axes[line], QUANTITIES, strict=True):
-            for (of, name), rows in run.by("dtype", "contestant").items():
-                if of != dtype:
-                    continue
-                measured = [row for row in rows if not row["error"] and row["errors"][quantity] is not None]
-                panel.loglog(
-                    [row["offset"] for row in measured],
-                    [max(row["errors"][quantity], 1e-9) for row in measured],
-                    color="k" if name == "jbn" else f"C{names.index(name)}",
-                    linewidth=2.5 if name == "jbn" else 1.2,
-                    marker="o" if name == "jbn" else "os^vDP*X"[names.index(name) % 8],
-                    markersize=4,
-                    zorder=3 if name == "jbn" else 2,
-                    label=CONTESTANTS[name].title,
-                )
+    for (dtype, name), rows in run.by("dtype", "contestant").items():
+        number = names.index(name)
+        style = {"color": "k", "linewidth": 2.5, "zorder": 3} if name == "jbn" else {"color": f"C{number}"}
+        style |= {"marker": "os^vDP*X"[number % 8], "markersize": 4, "label": CONTESTANTS[name].title}
+        for panel, quantity in zip(axes[dtypes.index(dtype)], QUANTITIES, strict=True):
+            measured = [row for row in rows if not row["error"] and row["errors"][quantity] is not None]
+            values = [max(row["errors"][quantity], 1e-9) for row in measured]
+            panel.loglog([row["offset"] for row in measured], values, **style)
             panel.axhline(ULP[dtype], color="0.6", linestyle=":")
             panel.set(title=f"{quantity}, {dtype}", xlabel="mean/std")
-            panel.grid(alpha=0.3)
+            panel.grid(True, alpha=0.3)
     axes[0, 0].set_ylabel("relative error, worst channel")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=9)
     return figure

@@ -35,13 +35,6 @@ TARGETS = {
 BESIDE = "gpu"  # the target on which other norms, and none, stand beside jbn: its compiler is the fastest
 IN_JAX = [name for name in NORMS if not NORMS[name].flax and not NORMS[name].torch]
 
-ABOUT = """\
-Figures are those of one chip. Bytes accessed: what all kernels read and write; of a conditional the cheapest branch
-counts, the one that ordinary data takes. In brackets the compiler's own count, where it gives one: it counts the
-dearest branch, and whole tiles where a slice is read. Temporaries: memory beyond arguments and results. Arithmetic:
-the compiler's own count. Collectives: those on the way that ordinary data takes. Of n bytes of a result over D
-chips each receives n·(D−1)/D, and twice that in an all-reduce, which is a reduce-scatter and an all-gather."""
-
 
 def compiled(row: dict[str, Any], devices: list[Any], options: Any) -> dict[str, Any]:
     over_batch = everywhere = SingleDeviceSharding(devices[0])
@@ -81,7 +74,7 @@ def page(run: harness.Run) -> str:
     settings = run.settings
     parts = [
         *run.heading(f"Ahead of time: a training step of ResNet-{settings['depth']}"),
-        f"{settings['batch']} images of {SIZE}×{SIZE}×3 on each chip, computed in {settings['dtype']}. {ABOUT}",
+        f"{settings['batch']} images of {SIZE}×{SIZE}×3 on each chip, computed in {settings['dtype']}.",
     ]
     for target, rows in run.by("target").items():
         header = ["", "bytes accessed, GB", "temporaries, GB", "arithmetic, TFLOP", "kernels", "compilation, s"]

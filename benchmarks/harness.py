@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import datetime
 import json
-import math
 import os
 import platform
 import random
@@ -19,8 +18,8 @@ from jbn.cli.bench.engine import Spread, Turn, interleave, said
 
 # A GPU is for torch as well; JAX reads this when it first meets the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-HERE = Path(__file__).resolve().parent
 DTYPES = ("float32", "bfloat16", "float16")  # the first two are the usual ones
+HERE = Path(__file__).resolve().parent
 
 
 @dataclasses.dataclass
@@ -56,9 +55,12 @@ class Run:
         parts += [f"{name} {version}" for name, version in self.versions.items()]
         if self.about["load_at_start"] is not None and "rounds" in self.settings:
             parts.append(f"load {self.about['load_at_start']} at start")
+        reading = "[How to read it](../README.md)."
+        if "rounds" in self.settings:
+            reading = f"Medians (and quartiles) of {self.settings['rounds']} rounds in random order. {reading}"
         skipped = [f"Skipped: {what}, {why}." for what, why in self.skipped.items()]
         failed = [f"Could not run: {line(row)}." for row in self.rows if row.get("error") or row.get("failed")]
-        return [f"# {title}", " · ".join([*parts, self.about["date"]]), *skipped, *failed]
+        return [f"# {title}", " · ".join([*parts, self.about["date"]]), reading, *skipped, *failed]
 
 
 def machine() -> dict[str, Any]:
@@ -204,12 +206,6 @@ def cell(value: Spread | float | None, digits: int = 2) -> str:
     if value is None:
         return "–"
     return value.text(digits) if isinstance(value, Spread) else f"{value:.{digits}f}"
-
-
-def geomean(values: Iterable[float]) -> float:
-    """The geometric mean."""
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def figure(width: float, height: float, **panels: Any) -> tuple[Any, Any]:

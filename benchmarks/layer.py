@@ -4,6 +4,7 @@ Ratios are a contestant's time over that of jbn, round by round: above 1, the co
 """
 
 import itertools
+import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import harness
 import jax
 
-from jbn.cli.bench.contestants import CONTESTANTS, FAR, PASSES, Case
+from jbn.cli.bench.contestants import CONTESTANTS, PASSES, Case
 from jbn.cli.bench.engine import Spread, ratios, spread
 from jbn.cli.bench.in_jax import jax_turn
 from jbn.cli.bench.torch_process import torch_process
@@ -28,10 +29,7 @@ SHAPES = (
     ((8, 112, 112, 64), -1),
     ((32, 64, 56, 56), 1),
 )
-RIVALS = ("nnx", "haiku", "equinox", "keras")
-USUAL = ("jbn", "jbn_far", "linen", "linen_two_pass", *RIVALS, "torch", "torch_tuned")
-
-
+USUAL = ("jbn", "jbn_far", "linen", "linen_two_pass", "nnx", "haiku", "equinox", "keras", "torch", "torch_tuned")
 Rows = list[dict[str, Any]]
 
 
@@ -52,7 +50,7 @@ def names(run: harness.Run) -> list[str]:
 def overall(rows: Rows, name: str) -> Spread | None:
     """Geometric mean over the shapes, with the spread of its rounds; None unless it ran on all of them."""
     columns = [values for row in rows if (values := relative(row, name))]
-    return spread(map(harness.geomean, zip(*columns, strict=True))) if len(columns) == len(rows) else None
+    return spread(map(statistics.geometric_mean, zip(*columns, strict=True))) if len(columns) == len(rows) else None
 
 
 def title(name: str) -> str:
@@ -61,42 +59,19 @@ def title(name: str) -> str:
 
 def page(run: harness.Run) -> str:
     compared, found = names(run), run.by("dtype", "mode")
+    means = [[title(name), *(harness.cell(overall(rows, name)) for rows in found.values())] for name in compared]
     parts = [
         *run.heading("One batch norm layer"),
-        f"{run.settings['steps']} dependent calls in one jit (one eager chain in torch), "
-        f"{run.settings['rounds']} rounds in random order. Each figure is a contestant's time over that of "
-        "jbn in the same round: the median (and quartiles) of the rounds. Above 1 the contestant is slower.",
-        "## Geometric mean over the shapes",
-        harness.table(
-            ["", *map(" ".join, found)],
-            [
-                *([title(name), *(harness.cell(overall(rows, name)) for rows in found.values())] for name in compared),
-                ["best of " + ", ".join(RIVALS), *map(_best, found.values())],
-            ],
-        ),
-        f"The floor counts {PASSES['forward']} passes over x for forward, {PASSES['forward+backward']} for "
-        f"forward+backward and {PASSES['evaluation']} for evaluation, at the bandwidth of a copy of x. "
-        f"Data with mean/std {FAR:.0e} makes jbn take its second pass over x at every call, on a CPU.",
+        "## Time over that of jbn, geometric mean over the shapes",
+        harness.table(["", *map(" ".join, found)], means),
     ]
+    header = ["shape", "jbn, ms a call", *map(title, compared)]
     for group, rows in found.items():
-        lines = [
-            [
-                row["shape"],
-                f"{1e3 * spread(row['seconds']['jbn']).median:.3f}",
-                *(harness.cell(overall([row], name)) for name in compared),
-            ]
-            for row in rows
-        ]
-        header = ["shape", "jbn, ms a call", *map(title, compared)]
-        parts += ["## " + ", ".join(group), harness.table(header, lines)]
+        milliseconds = [harness.cell(1e3 * spread(row["seconds"]["jbn"]).median, 3) for row in rows]
+        ratios_of = [[harness.cell(overall([row], name)) for name in compared] for row in rows]
+        lines = [[row["shape"], ms, *own] for row, ms, own in zip(rows, milliseconds, ratios_of, strict=True)]
+        parts += ["## Time over that of jbn, " + ", ".join(group), harness.table(header, lines)]
     return "\n\n".join(parts)
-
-
-def _best(rows):
-    """The fastest rival, by its geometric mean over all shapes."""
-    found = {name: value for name in RIVALS if (value := overall(rows, name)) is not None}
-    name = min(found, key=lambda name: found[name].median, default="")
-    return f"{found[name].text()} {name}" if name else "–"
 
 
 def picture(run: harness.Run) -> Any:
@@ -115,7 +90,9 @@ def picture(run: harness.Run) -> Any:
             values = [spread(each).median for row in rows if (each := relative(row, name))]
             if values:
                 panel.plot(values, [line] * len(values), "o", color="0.6", markersize=4)
-                panel.plot(harness.geomean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3)
+                panel.plot(
+                    statistics.geometric_mean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3
+                )
         panel.axvline(1, color="0.3", linewidth=1)
         panel.set(xscale="log", title=", ".join(group), yticks=range(len(compared)))
         panel.set_yticklabels(map(title, compared))

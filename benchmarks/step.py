@@ -56,18 +56,10 @@ def linen(params: Any, state: Any, x: Any, *, train: bool, axis_name: Any, mask:
     """
     import flax.linen as nn
 
-    layer = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.0,
-        epsilon=EPS,
-        dtype=x.dtype,
-        axis_name=axis_name,
-        use_fast_variance=fast,
-    )
-    variables = {
-        "params": {"scale": params.gamma, "bias": params.beta},
-        "batch_stats": {"mean": state.mean, "var": state.var},
-    }
+    kept = {"use_running_average": not train, "momentum": 0.0, "use_fast_variance": fast}
+    layer = nn.BatchNorm(**kept, epsilon=EPS, dtype=x.dtype, axis_name=axis_name)
+    running = {"mean": state.mean, "var": state.var}
+    variables = {"params": {"scale": params.gamma, "bias": params.beta}, "batch_stats": running}
     y, seen = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
     moments = seen["batch_stats"]
     count = jnp.full_like(moments["mean"], x.size // x.shape[-1] if train else 0)
@@ -158,14 +150,7 @@ def share(row: dict[str, Any], name: str) -> Spread | None:
 
 
 def page(run: harness.Run) -> str:
-    parts = [
-        *run.heading("A whole training step"),
-        f"{run.settings['rounds']} rounds in random order; medians, with quartiles in brackets. Forward, backward, SGD "
-        "with momentum and the update of the running statistics, in one jit. A norm's share is what its step "
-        "takes longer than the step without norms, in percent of its step. Temporaries: memory that the compiled "
-        "step needs beside its arguments and results. Compilation: processor seconds of all threads, from Python to "
-        "machine code, once.",
-    ]
+    parts = run.heading("A whole training step")
     header = ["", "ms a step", "time / time with jbn", "share of the step, %", "temporaries, MB", "compilation, s"]
     for row in run.rows:
         lines = [_line(row, name) for name in NORMS if name in row["seconds"]]

@@ -110,7 +110,7 @@ def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
 
 def page(run: harness.Run) -> str:
     parts = [*run.heading("What synchronized statistics send"), ABOUT]
-    header = ("chips", "way", "forward", "backward", "forward, bytes per chip", "backward", "together")
+    header = ("chips", "way", "forward", "backward", "forward, kB per chip", "backward, kB", "together, kB")
     for program, rows in run.by("program").items():
         parts += [f"## {program}", harness.table(header, [_cells(row) for row in rows if not row["error"]])]
     return "\n\n".join(parts)
@@ -120,14 +120,9 @@ def _cells(row):
     def kinds(counts):
         return " + ".join(f"{n} {kind}" for kind, n in counts.items()) or "none"
 
-    def shown(n):
-        return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
-
-    way = f"**{row['way']}**" if row["way"] == "one shift" else row["way"]
     forward, backward = row["forward_bytes"], row["backward_bytes"]
-    chips = f"{row['chips']} ({row['topology']})"
-    amounts = map(shown, (forward, backward, forward + backward))
-    return chips, way, kinds(row["forward"]), kinds(row["backward"]), *amounts
+    kilobytes = [f"{amount / 1e3:.1f}" for amount in (forward, backward, forward + backward)]
+    return f"{row['chips']} ({row['topology']})", row["way"], kinds(row["forward"]), kinds(row["backward"]), *kilobytes
 
 
 if __name__ == "__main__":
