@@ -170,7 +170,7 @@ def _stem(name: str, run: Run) -> str:
 
 def line(row: dict[str, Any]) -> str:
     """A row in words, and what of it could not run; without its times, its errors and other figures of many."""
-    shown = {key: value for key, value in row.items() if isinstance(value, str | float) and value != ""}
+    shown = {key: value for key, value in row.items() if isinstance(value, str | int | float) and value != ""}
     return ", ".join(f"{key} {value}" for key, value in (shown | row.get("failed", {})).items())
 
 
