@@ -125,53 +125,40 @@ def page(run: harness.Run) -> str:
         *run.heading("Error against float64"),
         f"x is {'×'.join(map(str, SHAPE))}, γ = 1, β = 0; the worst of {SHAPE[-1]} channels, relative. The "
         "plain formula in NumPy float64 on the same rounded x is the truth.",
-        *dict.fromkeys(f"{_title(row)}, {row['dtype']}: {row['error']}" for row in run.rows if row["error"]),
     ]
     for dtype, rows in run.by("dtype").items():
-        offsets = list(dict.fromkeys(row["offset"] for row in rows))
-        found: dict[str, dict[float, dict[str, Any]]] = {}
-        for row in rows:
-            found.setdefault(_title(row), {})[row["offset"]] = row.get("errors", {})
+        header = ["mean/std", *(f"{offset:g}" for offset in dict.fromkeys(row["offset"] for row in rows))]
         for quantity in QUANTITIES:
-            cells = [[title, *(_cell(of.get(o, {}), quantity) for o in offsets)] for title, of in found.items()]
-            header = ["mean/std", *(f"{o:g}" for o in offsets)]
-            parts += [f"## {quantity}, {dtype}", harness.table(header, cells)]
+            cells: dict[str, list[str]] = {}
+            for row in rows:
+                cells.setdefault(CONTESTANTS[row["contestant"]].title, []).append(_cell(row, quantity))
+            parts += [f"## {quantity}, {dtype}", harness.table(header, ([n, *line] for n, line in cells.items()))]
     return "\n\n".join(parts)
 
 
-def _title(row):
-    return CONTESTANTS[row["contestant"]].title
-
-
-def _cell(errors, quantity):
-    error = errors.get(quantity, "–")
-    return error if error == "–" else "inf" if error is None else f"{error:.0e}"
+def _cell(row, quantity):
+    if row["error"]:
+        return "–"
+    error = row["errors"][quantity]
+    return "inf" if error is None else f"{error:.0e}"
 
 
 def picture(run: harness.Run) -> Any:
     """Error over mean/std on log-log axes, a panel for each dtype and quantity."""
-    dtypes, names = run.by("dtype"), list(run.by("contestant"))
+    dtypes, names = list(run.by("dtype")), list(run.by("contestant"))
     size = (4 * len(QUANTITIES), 3.6 * len(dtypes))
-    figure, axes = harness.figure(nrows=len(dtypes), ncols=len(QUANTITIES), figsize=size, squeeze=False)
-    for line, dtype in enumerate(dtypes):
-        for panel, quantity in zip(axes[line], QUANTITIES, strict=True):
-            for (of, name), rows in run.by("dtype", "contestant").items():
-                if of != dtype:
-                    continue
-                measured = [row for row in rows if not row["error"] and row["errors"][quantity] is not None]
-                panel.loglog(
-                    [row["offset"] for row in measured],
-                    [max(row["errors"][quantity], 1e-9) for row in measured],
-                    color="k" if name == "jbn" else f"C{names.index(name)}",
-                    linewidth=2.5 if name == "jbn" else 1.2,
-                    marker="o" if name == "jbn" else "os^vDP*X"[names.index(name) % 8],
-                    markersize=4,
-                    zorder=3 if name == "jbn" else 2,
-                    label=CONTESTANTS[name].title,
-                )
+    figure, axes = harness.figure(*size, nrows=len(dtypes), ncols=len(QUANTITIES), squeeze=False)
+    for (dtype, name), rows in run.by("dtype", "contestant").items():
+        number = names.index(name)
+        style = {"color": "k", "linewidth": 2.5, "zorder": 3} if name == "jbn" else {"color": f"C{number}"}
+        style |= {"marker": "os^vDP*X"[number % 8], "markersize": 4, "label": CONTESTANTS[name].title}
+        for panel, quantity in zip(axes[dtypes.index(dtype)], QUANTITIES, strict=True):
+            measured = [row for row in rows if not row["error"] and row["errors"][quantity] is not None]
+            values = [max(row["errors"][quantity], 1e-9) for row in measured]
+            panel.loglog([row["offset"] for row in measured], values, **style)
             panel.axhline(ULP[dtype], color="0.6", linestyle=":")
             panel.set(title=f"{quantity}, {dtype}", xlabel="mean/std")
-            panel.grid(alpha=0.3)
+            panel.grid(True, alpha=0.3)
     axes[0, 0].set_ylabel("relative error, worst channel")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), fontsize=9)
     return figure
@@ -183,6 +170,9 @@ if __name__ == "__main__":
         measure,
         page,
         picture,
-        lists={"contestants": ([*IN_JAX, "torch"], USUAL), "dtypes": (LARGEST, LARGEST)},
+        options={
+            "contestants": harness.some([*IN_JAX, "torch"], USUAL),
+            "dtypes": harness.some(LARGEST, LARGEST),
+        },
         quick={"dtypes": 1},
     )

@@ -35,13 +35,6 @@ TARGETS = {
 BESIDE = "gpu"  # the target on which other norms, and none, stand beside jbn: its compiler is the fastest
 IN_JAX = [name for name in NORMS if not NORMS[name].flax and not NORMS[name].torch]
 
-ABOUT = """\
-Figures are those of one chip. Bytes accessed: what all kernels read and write; of a conditional the cheapest branch
-counts, the one that ordinary data takes. In brackets the compiler's own count, where it gives one: it counts the
-dearest branch, and whole tiles where a slice is read. Temporaries: memory beyond arguments and results. Arithmetic:
-the compiler's own count. Collectives: those on the way that ordinary data takes. Of n bytes of a result over D
-chips each receives n·(D−1)/D, and twice that in an all-reduce, which is a reduce-scatter and an all-gather."""
-
 
 def compiled(row: dict[str, Any], devices: list[Any], options: Any) -> dict[str, Any]:
     over_batch = everywhere = SingleDeviceSharding(devices[0])
@@ -81,33 +74,26 @@ def page(run: harness.Run) -> str:
     settings = run.settings
     parts = [
         *run.heading(f"Ahead of time: a training step of ResNet-{settings['depth']}"),
-        f"{settings['batch']} images of {SIZE}×{SIZE}×3 on each chip, computed in {settings['dtype']}. {ABOUT}",
+        f"{settings['batch']} images of {SIZE}×{SIZE}×3 on each chip, computed in {settings['dtype']}.",
     ]
     for target, rows in run.by("target").items():
         header = ["", "bytes accessed, GB", "temporaries, GB", "arithmetic, TFLOP", "kernels", "compilation, s"]
         if target == "tpu256":
             header += ["collectives", "received by each chip, MB"]
-        parts += [
-            f"## {TARGETS[target][0]}",
-            harness.table(header, [_cells(row)[: len(header)] for row in rows]),
-            *(f"{_title(row)}: {row['error']}" for row in rows if row["error"]),
-        ]
+        parts += [f"## {TARGETS[target][0]}", harness.table(header, [_cells(row)[: len(header)] for row in rows])]
     return "\n\n".join(parts)
 
 
-def _title(row):
-    return NORMS[row["norm"]].title + (", remat" if row["remat"] else "")
-
-
 def _cells(row):
+    title = NORMS[row["norm"]].title + (", remat" if row["remat"] else "")
     if row["error"]:
-        return [_title(row), *["–"] * 7]
+        return [title, *["–"] * 7]
     reported = "" if row["reported"] is None else f" ({row['reported'] / 1e9:.1f})"
     return [
-        _title(row),
+        title,
         f"{row['bytes'] / 1e9:.1f}{reported}",
-        f"{row['temporaries'] / 1e9:.2f}",
-        "–" if row["flops"] is None else f"{row['flops'] / 1e12:.2f}",
+        harness.cell(row["temporaries"] / 1e9),
+        harness.cell(row["flops"] and row["flops"] / 1e12),
         row["kernels"],
         f"{row['compilation']:.0f}",
         ", ".join(f"{n} {kind}" for kind, n in row["collectives"].items()) or "none",
@@ -120,8 +106,9 @@ if __name__ == "__main__":
         __doc__,
         measure,
         page,
-        lists={"targets": (TARGETS, TARGETS), "contestants": (IN_JAX, ("jbn", "linen", "none"))},
         options={
+            "targets": harness.some(TARGETS, TARGETS),
+            "contestants": harness.some(IN_JAX, ("jbn", "linen", "none")),
             "dtype": {"choices": harness.DTYPES[:2], "default": "bfloat16"},
             "batch": {"type": int, "default": 128, "help": "images on each chip"},
             "depth": {"type": int, "choices": (18, 34, 50, 101, 152), "default": 50},

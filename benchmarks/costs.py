@@ -6,12 +6,12 @@ the clock; every turn compiles anew. Eager calls are training and evaluation ste
 of a `jax.vjp`, in bytes over those of x.
 """
 
+import argparse
 import itertools
-import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn.cli.bench.contestants import CONTESTANTS, IN_JAX, PASSES, Case, Layer, missing
-from jbn.cli.bench.engine import Turn, interleave, ratios, spread, timed
+from jbn.cli.bench.engine import Turn, ratios, spread, timed
 
 LAYERS = 20
 SHAPE = (32, 28, 28, 64)  # of the data that compilation is for
@@ -94,82 +94,64 @@ def eager(name: str, mode: str) -> Turn:
 
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
-    names, order = run.able(("jbn", *options.contestants)), random.Random(options.seed)
-
-    def times(makers: dict[str, Any], turn_seconds: float = 0.0) -> dict[str, list[float]]:
-        seconds, errors = interleave(makers, rounds=options.rounds, turn_seconds=turn_seconds, order=order)
-        for name, error in errors.items():
-            print(f"{name}: {error}", file=sys.stderr)
-        return seconds
-
+    names = run.able(("jbn", *options.contestants))
     able = [name for name in IMPORTS if name == "jax" or not missing([name])]
     imports = {f"import {name}": partial(importing, *IMPORTS[name]) for name in able}
-    yield {"part": "import", "of": "", "seconds": times(imports)}
+    once = argparse.Namespace(rounds=options.rounds, turn=0, order=options.order)  # no turn is repeated
+    yield {"part": "import", "of": "", **harness.timings(once, imports)}
     for dtype in options.dtypes:
         stages: dict[str, list[list[float]]] = {name: [] for name in names}
-        seconds = times({name: partial(compiling, name, dtype, stages[name]) for name in names})
+        timings = harness.timings(once, {name: partial(compiling, name, dtype, stages[name]) for name in names})
         medians = {
             # Without those of the turn that warms up.
             name: dict(zip(STAGES, (spread(each).median for each in zip(*taken[1:], strict=True)), strict=True))
             for name, taken in stages.items()
         }
-        yield {"part": "compilation", "of": dtype, "seconds": seconds, "stages": medians}
+        yield {"part": "compilation", "of": dtype, **timings, "stages": medians}
         yield {"part": "kept", "of": dtype, "over_x": {name: float(f"{kept(name, dtype):.4g}") for name in names}}
     for mode in PASSES:
-        seconds = times({name: partial(eager, name, mode) for name in names}, options.turn)
-        yield {"part": "eager", "of": mode, "seconds": seconds}
+        yield {"part": "eager", "of": mode} | harness.timings(options, {n: partial(eager, n, mode) for n in names})
 
 
 def page(run: harness.Run) -> str:
     (imports,), compilation, kept, eager = run.by("part").values()
-    parts = [
-        *run.heading("Around the layer"),
-        f"Medians (and quartiles) of {run.settings['rounds']} rounds in random order. Times over those of jbn are "
-        "taken round by round: above 1, the contestant is slower.",
-        "## Import",
-        f"In a fresh process, after jax; the goal is less than {LIMIT_MS} ms.",
-        harness.table(["", "ms"], [[name, _ms(times).text(1)] for name, times in imports["seconds"].items()]),
-        f"## Compilation of {LAYERS} layers with relu and their gradient",
-        "Processor seconds of all threads: tracing and lowering in Python, then XLA. The goal is no more than linen's.",
-    ]
-    for row in compilation:
-        lines = [
-            [
-                CONTESTANTS[name].title,
-                *(f"{row['stages'][name][stage]:.2f}" for stage in STAGES),
-                f"{spread(times).median:.2f}",
-                _ratio(row, name),
-            ]
-            for name, times in row["seconds"].items()
-        ]
-        parts += [f"### {row['of']}", harness.table(["", *STAGES, "all", "time / jbn"], lines)]
-    over_x = [[CONTESTANTS[name].title, *(f"{row['over_x'][name]:.3f}" for row in kept)] for name in kept[0]["over_x"]]
-    calls = [
-        [
-            CONTESTANTS[name].title,
-            *(cell for row in eager for cell in (f"{1e3 * _ms(row['seconds'][name]).median:.0f}", _ratio(row, name))),
-        ]
-        for name in eager[0]["seconds"]
-    ]
+    names = [name for name in kept[0]["over_x"] if all(name in row["seconds"] for row in (*compilation, *eager))]
+
+    def table(rows: list[dict[str, Any]], columns: Sequence[str], cells: Callable[[dict[str, Any], str], Any]) -> str:
+        """The same columns of each row side by side, a line for each contestant."""
+        header = ["", *(f"{row['of']} {column}".strip() for row in rows for column in columns)]
+        return harness.table(
+            header, [[CONTESTANTS[name].title, *(c for row in rows for c in cells(row, name))] for name in names]
+        )
+
+    def compiled(row, name):
+        seconds = [*(row["stages"][name][stage] for stage in STAGES), spread(row["seconds"][name]).median]
+        return *map(harness.cell, seconds), ratio(row, name)
+
+    def called(row, name):
+        return f"{1e6 * spread(row['seconds'][name]).median:.0f}", ratio(row, name)
+
+    def ratio(row, name):
+        return harness.cell(spread(ratios(row["seconds"][name], row["seconds"]["jbn"])))
+
+    of_imports = {name: spread(1e3 * each for each in seconds) for name, seconds in imports["seconds"].items()}
     return "\n\n".join(
         [
-            *parts,
+            *run.heading("Around the layer"),
+            "## Import",
+            f"In a fresh process, after jax; the goal is less than {LIMIT_MS} ms.",
+            harness.table(["", "ms"], [[name, harness.cell(each, 1)] for name, each in of_imports.items()]),
+            f"## Compilation of {LAYERS} layers with relu and their gradient",
+            "Processor seconds of all threads. The goal is no more than linen's.",
+            *(table([row], (*STAGES, "all", "time / jbn"), compiled) for row in compilation),
             "## Kept for backward",
             f"Bytes over those of x, {'×'.join(map(str, SHAPE))}.",
-            harness.table(["", *(row["of"] for row in kept)], over_x),
+            table(kept, [""], lambda row, name: [harness.cell(row["over_x"][name], 3)]),
             "## Eager calls",
             f"x is {'×'.join(map(str, EAGER))}. The goal is no more than linen's.",
-            harness.table(["", *(row["of"] + unit for row in eager for unit in (", µs", ", time / jbn"))], calls),
+            table(eager, ("µs", "time / jbn"), called),
         ]
     )
-
-
-def _ms(seconds):
-    return spread(1e3 * each for each in seconds)
-
-
-def _ratio(row, name):
-    return spread(ratios(row["seconds"][name], row["seconds"]["jbn"])).text()
 
 
 if __name__ == "__main__":
@@ -179,6 +161,9 @@ if __name__ == "__main__":
         page,
         rounds=9,
         turn=0.05,
-        lists={"contestants": (IN_JAX, ("jbn", "linen", "plain")), "dtypes": (harness.DTYPES, harness.DTYPES[:2])},
+        options={
+            "contestants": harness.some(IN_JAX, ("jbn", "linen", "plain")),
+            "dtypes": harness.some(harness.DTYPES, harness.DTYPES[:2]),
+        },
         quick={"dtypes": 1, "rounds": 2},
     )

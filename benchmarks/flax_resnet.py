@@ -14,23 +14,6 @@ import jbn
 from jbn import networks
 
 
-class ConvNorm(nn.Module):
-    features: int
-    size: int
-    stride: int
-    norm: Any
-    dtype: Any
-    train: bool
-
-    @nn.compact
-    def __call__(self, x):
-        padding = [(self.size // 2, self.size // 2)] * 2
-        kernel, strides = (self.size, self.size), (self.stride, self.stride)
-        conv = nn.Conv(self.features, kernel, strides, padding, use_bias=False, dtype=self.dtype, name="conv")
-        norm = self.norm(use_running_average=not self.train, momentum=0.0, dtype=self.dtype, name="norm")
-        return norm(conv(x))
-
-
 class ResNet(nn.Module):
     classes: int
     blocks: int
@@ -40,15 +23,19 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        def layer(name, features, size=3, stride=1):
-            return ConvNorm(features, size, stride, self.norm, self.dtype, self.train, name=name)
+        def layer(name, x, features, size=3, stride=1):
+            kernel, strides, padding = (size, size), (stride, stride), [(size // 2, size // 2)] * 2
+            conv = nn.Conv(features, kernel, strides, padding, use_bias=False, dtype=self.dtype, name=f"{name}_conv")
+            average = not self.train
+            norm = self.norm(use_running_average=average, momentum=0.0, dtype=self.dtype, name=f"{name}_norm")
+            return norm(conv(x))
 
-        x = nn.relu(layer("stem", 16)(x.astype(self.dtype)))
+        x = nn.relu(layer("stem", x.astype(self.dtype), 16))
         for i in range(3 * self.blocks):
             features, stride = 16 * 2 ** (i // self.blocks), 2 if i > 0 and i % self.blocks == 0 else 1
-            y = nn.relu(layer(f"block{i}_conv1", features, 3, stride)(x))
-            y = layer(f"block{i}_conv2", features)(y)
-            x = layer(f"block{i}_shortcut", features, 1, stride)(x) if stride > 1 else x
+            y = nn.relu(layer(f"block{i}_conv1", x, features, 3, stride))
+            y = layer(f"block{i}_conv2", y, features)
+            x = layer(f"block{i}_shortcut", x, features, 1, stride) if stride > 1 else x
             x = nn.relu(x + y)
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(jnp.mean(x, (1, 2)))
 
@@ -58,17 +45,14 @@ def network(classes: int, *, norm: Any, dtype: Any, blocks: int = 3) -> networks
 
     def apply(params, state, x, *, train, axis_name=None, mask=None):
         model = ResNet(classes, blocks, norm, dtype, train)
-        head = params["head"]
-        weights = {name: _as_flax(layer) for name, layer in _named(params)}
-        variables = {
-            "params": {**weights, "head": {"kernel": head["W"], "bias": head["b"]}},
-            "batch_stats": {name: {"norm": {"mean": v.mean, "var": v.var}} for name, v in _named(state)},
-        }
-        outputs, updated = model.apply(variables, x, mutable=["batch_stats"])
-        seen = {name: layer["norm"] for name, layer in updated["batch_stats"].items()}
-        stats = [
-            jbn.BNStats(v["mean"], v["var"], jnp.ones_like(v["mean"])) for v in (seen[n] for n, _ in _named(state))
-        ]
+        weights = {"head": {"kernel": params["head"]["W"], "bias": params["head"]["b"]}}
+        for name, layer in _named(params):
+            weights[f"{name}_conv"] = {"kernel": layer["W"]}
+            weights[f"{name}_norm"] = {"scale": layer["bn"].gamma, "bias": layer["bn"].beta}
+        running = {f"{name}_norm": {"mean": own.mean, "var": own.var} for name, own in _named(state)}
+        outputs, updated = model.apply({"params": weights, "batch_stats": running}, x, mutable=["batch_stats"])
+        seen = [updated["batch_stats"][f"{name}_norm"] for name, _ in _named(state)]
+        stats = [jbn.BNStats(own["mean"], own["var"], jnp.ones_like(own["mean"])) for own in seen]
         return outputs, jax.tree.unflatten(jax.tree.structure(state, is_leaf=_is_state), stats)
 
     return networks.Network(networks.resnet(classes, blocks=blocks).init, apply)
@@ -79,10 +63,6 @@ def _named(tree):
     for i, block in enumerate(tree["blocks"]):
         yield from ((f"block{i}_{name}", block[name]) for name in sorted(block))
     yield "stem", tree["stem"]
-
-
-def _as_flax(layer):
-    return {"conv": {"kernel": layer["W"]}, "norm": {"scale": layer["bn"].gamma, "bias": layer["bn"].beta}}
 
 
 def _is_state(node):

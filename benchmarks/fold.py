@@ -6,7 +6,6 @@ eight kernels in the thread that calls it, which makes matrix products slower, a
 Ratios are the time of the network over that of the folded one, round by round: above 1, folding is faster.
 """
 
-import random
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from step import Case
 
 import jbn
 from jbn import networks
-from jbn.cli.bench.engine import Spread, Turn, interleave, ratios, spread, timed
+from jbn.cli.bench.engine import Spread, Turn, ratios, spread, timed
 
 MLP, DEEP = (784, 1024, 1024, 1024, 10), (64, *[128] * 12, 10)
 WIDE = (64, 128, 256)
@@ -72,18 +71,10 @@ class Inference:
 
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
-    order = random.Random(options.seed)
     for dtype in options.dtypes:
         for case in TINY if options.quick else CASES:
             both = {"network": Inference(case, dtype, False), "folded": Inference(case, dtype, True)}
-            seconds, errors = interleave(
-                {name: inference.turn for name, inference in both.items()},
-                rounds=options.rounds,
-                turn_seconds=options.turn,
-                order=order,
-            )
-            if errors:
-                raise RuntimeError(f"{case.title}, {dtype}: {errors}")
+            timings = harness.timings(options, {name: inference.turn for name, inference in both.items()})
             network, folded = (np.asarray(inference(), np.float64) for inference in both.values())
             difference = float(np.max(np.abs(folded - network)) / np.max(np.abs(network)))
             jax.clear_caches()
@@ -91,7 +82,7 @@ def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
                 "title": case.title,
                 "shape": case.shape,
                 "dtype": dtype,
-                "seconds": seconds,
+                **timings,
                 "difference": float(f"{difference:.2g}"),  # the largest, relative to the largest output
             }
 
@@ -112,9 +103,9 @@ def page(run: harness.Run) -> str:
 
 def picture(run: harness.Run) -> Any:
     spreads = [speedup(row) for row in run.rows]
-    figure, axes = harness.figure(figsize=(8, 1 + 0.45 * len(spreads)))
-    errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
-    axes.errorbar([s.median for s in spreads], range(len(spreads)), xerr=errors, fmt="o", capsize=3)
+    figure, axes = harness.figure(8, 1 + 0.45 * len(spreads))
+    low, median, high = np.transpose(spreads)
+    axes.errorbar(median, range(len(spreads)), xerr=(median - low, high - median), fmt="o", capsize=3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(spreads)), [f"{row['title']}, {row['dtype']}" for row in run.rows])
     axes.invert_yaxis()
@@ -131,6 +122,6 @@ if __name__ == "__main__":
         picture,
         rounds=31,
         turn=0.05,
-        lists={"dtypes": (harness.DTYPES, harness.DTYPES[:2])},
+        options={"dtypes": harness.some(harness.DTYPES, harness.DTYPES[:2])},
         quick={"dtypes": 1, "rounds": 3, "turn": 0.005},
     )

@@ -4,21 +4,22 @@ import argparse
 import dataclasses
 import datetime
 import json
-import math
 import os
 import platform
+import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from jbn.cli.bench.contestants import CONTESTANTS, missing, versions
-from jbn.cli.bench.engine import said
+from jbn.cli.bench.engine import Spread, Turn, interleave, said
 
 # A GPU is for torch as well; JAX reads this when it first meets the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+DTYPES = ("float32", "bfloat16", "float16")  # the first two are the usual ones
 HERE = Path(__file__).resolve().parent
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass
@@ -36,8 +37,7 @@ class Run:
         """The rows by the values of some keys; of a single key, by its value."""
         found: dict[Any, list[dict[str, Any]]] = {}
         for row in self.rows:
-            values = tuple(row[key] for key in keys)
-            found.setdefault(values if len(keys) > 1 else values[0], []).append(row)
+            found.setdefault(itemgetter(*keys)(row), []).append(row)
         return found
 
     def able(self, names: Iterable[str], among: Mapping[str, Any] = CONTESTANTS) -> list[str]:
@@ -49,14 +49,18 @@ class Run:
         return [name for name in names if name not in absent]
 
     def heading(self, title: str) -> list[str]:
-        """How a page begins."""
+        """How a page begins: on what it ran, and what did not run."""
         parts = [f"{self.about['cpu']}, {self.about['cores']} cores", f"Python {self.about['python']}"]
         parts[1:1] = [f"device {self.device}"] if self.device else []
         parts += [f"{name} {version}" for name, version in self.versions.items()]
         if self.about["load_at_start"] is not None and "rounds" in self.settings:
             parts.append(f"load {self.about['load_at_start']} at start")
+        reading = "[How to read it](../README.md)."
+        if "rounds" in self.settings:
+            reading = f"Medians (and quartiles) of {self.settings['rounds']} rounds in random order. {reading}"
         skipped = [f"Skipped: {what}, {why}." for what, why in self.skipped.items()]
-        return [f"# {title}", " · ".join([*parts, self.about["date"]]), *skipped]
+        failed = [f"Could not run: {line(row)}." for row in self.rows if row.get("error") or row.get("failed")]
+        return [f"# {title}", " · ".join([*parts, self.about["date"]]), reading, *skipped, *failed]
 
 
 def machine() -> dict[str, Any]:
@@ -84,9 +88,8 @@ def main(
     name: Callable[[Any], str] | None = None,
     rounds: int = 0,
     turn: float = 0.0,
-    lists: Mapping[str, tuple[Iterable[Any], Iterable[Any]]] | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-    quick: Mapping[str, Any] | None = None,
+    options: Mapping[str, Mapping[str, Any]],
+    quick: Mapping[str, Any],
     on_device: bool = True,
 ) -> None:
     """What a script does: it measures row after row, prints what comes out, and writes it to files.
@@ -98,8 +101,7 @@ def main(
         picture: a figure of matplotlib.
         name: what the files are called, given the options; else as the script.
         rounds, turn: the usual ones, where it times something.
-        lists: options that take some of the values, separated by commas: the values and the usual ones.
-        options: other options, as argparse takes them.
+        options: those of its own, as argparse takes them; of lists by `some`.
         quick: of options, what ``--quick`` makes of them: of a list so many, else the value.
         on_device: whether it runs something, and not only compiles it.
     """
@@ -110,17 +112,15 @@ def main(
         parser.add_argument("--rounds", type=int, default=rounds, help="in which each takes a turn")
         parser.add_argument("--turn", type=float, default=turn, metavar="SECONDS", help="a turn's length, at least")
         parser.add_argument("--seed", type=int, default=0, help="of the random order")
-    for key, (values, usual) in (lists or {}).items():
-        values = list(map(str, values))
-        parser.add_argument(f"--{key}", type=_some(values), default=list(usual), help="some of " + ", ".join(values))
-    for key, declared in (options or {}).items():
+    for key, declared in options.items():
         parser.add_argument(f"--{key}", **declared)
     given = parser.parse_args()
-    for key, value in (quick or {}).items() if given.quick else ():
+    for key, value in quick.items() if given.quick else ():
         now = getattr(given, key)
         setattr(given, key, now[:value] if isinstance(now, list) else value)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
     run = Run(machine(), {}, "", settings)
+    given.order = random.Random(given.seed) if rounds else None
     if on_device:
         import jax
 
@@ -132,7 +132,7 @@ def main(
     record = given.out / f"{stem}.json"
     for row in measure(given, run):
         run.rows.append(row)
-        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in _shown(row)), flush=True)
+        print(line(row), flush=True)
         record.write_text(_compact(json.dumps(dataclasses.asdict(run), indent=1, ensure_ascii=False)) + "\n")
     if not run.rows:
         raise SystemExit("\n".join(run.heading("Nothing was measured")))
@@ -147,13 +147,16 @@ def main(
     print("written:", *written, flush=True)
 
 
-def _some(values: list[str]) -> Callable[[str], list[str]]:
+def some(values: Iterable[Any], usual: Iterable[str]) -> dict[str, Any]:
+    """An option of some of the values, separated by commas."""
+    allowed = list(map(str, values))
+
     def parse(text: str) -> list[str]:
-        if unknown := [value for value in text.split(",") if value not in values]:
-            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected some of {', '.join(values)}")
+        if unknown := [value for value in text.split(",") if value not in allowed]:
+            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; expected some of {', '.join(allowed)}")
         return text.split(",")
 
-    return parse
+    return {"type": parse, "default": list(usual), "help": "some of " + ", ".join(allowed)}
 
 
 def _stem(name: str, run: Run) -> str:
@@ -165,13 +168,10 @@ def _stem(name: str, run: Run) -> str:
     return f"{name}{where}-{run.about['date']}"
 
 
-def _shown(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What of a row is a line while the script runs; of times their medians."""
-    for key, value in row.items():
-        if key == "seconds":
-            yield from ((name, sorted(times)[len(times) // 2]) for name, times in value.items())
-        elif (value and not isinstance(value, list | tuple | dict)) or (value and key == "errors"):
-            yield key, value
+def line(row: dict[str, Any]) -> str:
+    """A row in words, and what of it could not run; without its times, its errors and other figures of many."""
+    shown = {key: value for key, value in row.items() if isinstance(value, str | int | float) and value != ""}
+    return ", ".join(f"{key} {value}" for key, value in (shown | row.get("failed", {})).items())
 
 
 def _compact(text: str) -> str:
@@ -187,41 +187,39 @@ def tried(row: dict[str, Any], call: Callable[[], dict[str, Any]]) -> dict[str, 
         return row | {"error": said(error)}
 
 
+def timings(options: Any, makers: Mapping[str, Callable[[], Turn]], calls: int = 1) -> dict[str, dict[str, Any]]:
+    """The seconds of all who can run, as a row has them, and who could not, with the reason."""
+    seconds, failed = interleave(
+        makers, rounds=options.rounds, turn_seconds=options.turn, order=options.order, calls=calls
+    )
+    return {"seconds": seconds, "failed": failed}
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """In Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def geomean(values: Iterable[float]) -> float:
-    """The geometric mean."""
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))
+def cell(value: Spread | float | None, digits: int = 2) -> str:
+    """A figure as a table has it: a spread with its quartiles, a dash for none."""
+    if value is None:
+        return "–"
+    return value.text(digits) if isinstance(value, Spread) else f"{value:.{digits}f}"
 
 
-def figure(**arguments: Any) -> tuple[Any, Any]:
-    """Matplotlib's figure and axes, without a display."""
-    import matplotlib
+def figure(width: float, height: float, **panels: Any) -> tuple[Any, Any]:
+    """Matplotlib's figure, in inches, and its axes; without a display."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(layout="constrained", **arguments)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(**panels)
 
 
-def bars(panel: Any, groups: Sequence[str], series: Mapping[str, Sequence[Any]], label_format: str = "") -> None:
-    """Groups of horizontal bars from top to bottom, a bar of each series in each; a value may be a `Spread`."""
-    height = 0.8 / len(series)
-    for place, (label, values) in enumerate(series.items()):
-        at = [line + (place - (len(series) - 1) / 2) * height for line in range(len(groups))]
-        spreads = [value if isinstance(value, tuple) else (value, value, value) for value in values]
-        errors = [[median - low for low, median, _ in spreads], [high - median for _, median, high in spreads]]
-        drawn = panel.barh(
-            at, [median for _, median, _ in spreads], 0.9 * height, xerr=None if label_format else errors, label=label
-        )
-        if label_format:
-            panel.bar_label(drawn, fmt=label_format, fontsize=7)
-    panel.set_yticks(range(len(groups)), groups)
-    if not panel.yaxis_inverted():
-        panel.invert_yaxis()
+def bars(panel: Any, groups: Sequence[str], series: Mapping[str, Sequence[float]], label_format: str = "") -> None:
+    """Groups of horizontal bars from top to bottom, a bar of each series in each."""
+    drawn = panel.grouped_bar(series, tick_labels=groups, orientation="horizontal", group_spacing=0.25)
+    for bars in drawn.bar_containers if label_format else ():
+        panel.bar_label(bars, fmt=label_format, fontsize=7)
+    panel.yaxis.set_inverted(True)
     panel.grid(axis="x", alpha=0.3)

@@ -3,7 +3,8 @@
 Ratios are a contestant's time over that of jbn, round by round: above 1, the contestant is slower.
 """
 
-import random
+import itertools
+import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -12,8 +13,8 @@ from typing import Any
 import harness
 import jax
 
-from jbn.cli.bench.contestants import CONTESTANTS, FAR, PASSES, Case
-from jbn.cli.bench.engine import Spread, interleave, ratios, spread
+from jbn.cli.bench.contestants import CONTESTANTS, PASSES, Case
+from jbn.cli.bench.engine import Spread, ratios, spread
 from jbn.cli.bench.in_jax import jax_turn
 from jbn.cli.bench.torch_process import torch_process
 
@@ -28,24 +29,16 @@ SHAPES = (
     ((8, 112, 112, 64), -1),
     ((32, 64, 56, 56), 1),
 )
-RIVALS = ("nnx", "haiku", "equinox", "keras")
-USUAL = ("jbn", "jbn_far", "linen", "linen_two_pass", *RIVALS, "torch", "torch_tuned")
+USUAL = ("jbn", "jbn_far", "linen", "linen_two_pass", "nnx", "haiku", "equinox", "keras", "torch", "torch_tuned")
+Rows = list[dict[str, Any]]
 
 
-class Row(dict[str, Any]):
-    """The times of one shape, dtype and mode."""
-
-    def relative(self, name: str) -> list[float] | None:
-        """Time over that of jbn for each round; for "floor", jbn's time over that of bare copies."""
-        seconds = self["seconds"]
-        if name == "floor":
-            return ratios(seconds["jbn"], [t * PASSES[self["mode"]] / 2 for t in seconds["copy"]])
-        return ratios(seconds[name], seconds["jbn"]) if name in seconds else None
-
-
-def groups(run: harness.Run) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each dtype and mode."""
-    return {group: list(map(Row, rows)) for group, rows in run.by("dtype", "mode").items()}
+def relative(row: dict[str, Any], name: str) -> list[float] | None:
+    """Time over that of jbn for each round; for "floor", jbn's time over that of bare copies."""
+    seconds = row["seconds"]
+    if name == "floor":
+        return ratios(seconds["jbn"], [t * PASSES[row["mode"]] / 2 for t in seconds["copy"]])
+    return ratios(seconds[name], seconds["jbn"]) if name in seconds else None
 
 
 def names(run: harness.Run) -> list[str]:
@@ -54,10 +47,10 @@ def names(run: harness.Run) -> list[str]:
     return [name for name in found if name not in ("jbn", "copy")] + ["floor"]
 
 
-def overall(rows: list[Row], name: str) -> Spread | None:
+def overall(rows: Rows, name: str) -> Spread | None:
     """Geometric mean over the shapes, with the spread of its rounds; None unless it ran on all of them."""
-    columns = [values for row in rows if (values := row.relative(name)) is not None]
-    return spread(map(harness.geomean, zip(*columns, strict=True))) if len(columns) == len(rows) else None
+    columns = [values for row in rows if (values := relative(row, name))]
+    return spread(map(statistics.geometric_mean, zip(*columns, strict=True))) if len(columns) == len(rows) else None
 
 
 def title(name: str) -> str:
@@ -65,73 +58,41 @@ def title(name: str) -> str:
 
 
 def page(run: harness.Run) -> str:
-    compared, found = names(run), groups(run)
+    compared, found = names(run), run.by("dtype", "mode")
+    means = [[title(name), *(harness.cell(overall(rows, name)) for rows in found.values())] for name in compared]
     parts = [
         *run.heading("One batch norm layer"),
-        f"{run.settings['steps']} dependent calls in one jit (one eager chain in torch), "
-        f"{run.settings['rounds']} rounds in random order. Each figure is a contestant's time over that of "
-        "jbn in the same round: the median (and quartiles) of the rounds. Above 1 the contestant is slower.",
-        "## Geometric mean over the shapes",
-        harness.table(
-            ["", *map(" ".join, found)],
-            [
-                *([title(name), *(_cell(overall(rows, name)) for rows in found.values())] for name in compared),
-                ["best of " + ", ".join(RIVALS), *map(_best, found.values())],
-            ],
-        ),
-        f"The floor counts {PASSES['forward']} passes over x for forward, {PASSES['forward+backward']} for "
-        f"forward+backward and {PASSES['evaluation']} for evaluation, at the bandwidth of a copy of x. "
-        f"Data with mean/std {FAR:.0e} makes jbn take its second pass over x at every call, on a CPU.",
+        "## Time over that of jbn, geometric mean over the shapes",
+        harness.table(["", *map(" ".join, found)], means),
     ]
+    header = ["shape", "jbn, ms a call", *map(title, compared)]
     for group, rows in found.items():
-        lines = [
-            [
-                Case(**row["case"]).label,
-                f"{1e3 * spread(row['seconds']['jbn']).median:.3f}",
-                *(_cell(overall([row], name)) for name in compared),
-            ]
-            for row in rows
-        ]
-        parts += [
-            "## " + ", ".join(group),
-            harness.table(["shape", "jbn, ms a call", *map(title, compared)], lines),
-            *(
-                f"{title(name)} could not run {Case(**row['case']).label}: {error}."
-                for row in rows
-                for name, error in row["errors"].items()
-            ),
-        ]
+        milliseconds = [harness.cell(1e3 * spread(row["seconds"]["jbn"]).median, 3) for row in rows]
+        ratios_of = [[harness.cell(overall([row], name)) for name in compared] for row in rows]
+        lines = [[row["shape"], ms, *own] for row, ms, own in zip(rows, milliseconds, ratios_of, strict=True)]
+        parts += ["## Time over that of jbn, " + ", ".join(group), harness.table(header, lines)]
     return "\n\n".join(parts)
-
-
-def _cell(found):
-    return "–" if found is None else found.text()
-
-
-def _best(rows):
-    """The fastest rival, by its geometric mean over all shapes."""
-    found = {name: value for name in RIVALS if (value := overall(rows, name)) is not None}
-    name = min(found, key=lambda name: found[name].median, default="")
-    return f"{found[name].text()} {name}" if name else "–"
 
 
 def picture(run: harness.Run) -> Any:
     """A dot for each shape and a bar for their geometric mean, a panel for each dtype and mode."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    compared, found = names(run), groups(run)
+    compared, found = names(run), run.by("dtype", "mode")
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
     size = (5 * columns, 1 + 0.32 * len(compared) * lines)
-    figure, axes = harness.figure(nrows=lines, ncols=columns, figsize=size, squeeze=False, sharey=True)
+    figure, axes = harness.figure(*size, nrows=lines, ncols=columns, squeeze=False, sharey=True)
     for panel in axes.flat[len(found) :]:
         panel.set_visible(False)
     for panel, (group, rows) in zip(axes.flat, found.items(), strict=False):
         for line, name in enumerate(compared):
-            values = [spread(each).median for row in rows if (each := row.relative(name))]
+            values = [spread(each).median for row in rows if (each := relative(row, name))]
             if values:
                 panel.plot(values, [line] * len(values), "o", color="0.6", markersize=4)
-                panel.plot(harness.geomean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3)
+                panel.plot(
+                    statistics.geometric_mean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3
+                )
         panel.axvline(1, color="0.3", linewidth=1)
         panel.set(xscale="log", title=", ".join(group), yticks=range(len(compared)))
         panel.set_yticklabels(map(title, compared))
@@ -145,7 +106,6 @@ def picture(run: harness.Run) -> Any:
 
 def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
     able = run.able(("jbn", *options.contestants, "copy"))
-    order = random.Random(options.seed)
     with ExitStack() as stack:
         platform = jax.default_backend()
         # Torch with another allocator is another process.
@@ -158,21 +118,13 @@ def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
             in_torch = CONTESTANTS[name].package == "torch"
             return torch[name == "torch_tuned"].turn(name, case) if in_torch else jax_turn(name, case)
 
-        for dtype in options.dtypes:
-            for mode in options.modes:
-                for shape, axis in (SHAPES[int(index)] for index in options.shapes):
-                    case = Case(shape, axis, dtype, mode, options.steps)
-                    # In evaluation the data does not matter.
-                    taking = [name for name in able if mode != "evaluation" or name != "jbn_far"]
-                    seconds, errors = interleave(
-                        {name: partial(turn, name, case) for name in taking},
-                        rounds=options.rounds,
-                        turn_seconds=options.turn,
-                        order=order,
-                        calls=options.steps,
-                    )
-                    jax.clear_caches()
-                    yield {"dtype": dtype, "mode": mode, "case": case._asdict(), "seconds": seconds, "errors": errors}
+        for dtype, mode, index in itertools.product(options.dtypes, options.modes, options.shapes):
+            case = Case(*SHAPES[int(index)], dtype, mode, options.steps)
+            # In evaluation the data does not matter.
+            taking = [name for name in able if mode != "evaluation" or name != "jbn_far"]
+            timings = harness.timings(options, {name: partial(turn, name, case) for name in taking}, options.steps)
+            jax.clear_caches()
+            yield {"dtype": dtype, "mode": mode, "shape": case.label, **timings}
 
 
 if __name__ == "__main__":
@@ -183,12 +135,12 @@ if __name__ == "__main__":
         picture,
         rounds=11,
         turn=0.02,
-        lists={
-            "contestants": ([name for name in CONTESTANTS if name != "copy"], USUAL),
-            "dtypes": (harness.DTYPES, harness.DTYPES[:2]),
-            "modes": (PASSES, PASSES),
-            "shapes": (range(len(SHAPES)), range(len(SHAPES))),
+        options={
+            "contestants": harness.some([name for name in CONTESTANTS if name != "copy"], USUAL),
+            "dtypes": harness.some(harness.DTYPES, harness.DTYPES[:2]),
+            "modes": harness.some(PASSES, PASSES),
+            "shapes": harness.some(range(len(SHAPES)), range(len(SHAPES))),
+            "steps": {"type": int, "default": 10, "help": "calls in a chain"},
         },
-        options={"steps": {"type": int, "default": 10, "help": "calls in a chain"}},
         quick={"dtypes": 1, "shapes": 1, "steps": 3, "rounds": 3},
     )

@@ -14,7 +14,7 @@ import layer
 
 def page(runs: list[harness.Run]) -> str:
     """Medians with the values of all runs, for what every run has measured."""
-    found, (names, *others) = [layer.groups(run) for run in runs], map(layer.names, runs)
+    found, (names, *others) = [run.by("dtype", "mode") for run in runs], map(layer.names, runs)
     shared = [group for group in found[0] if all(group in of for of in found)]
 
     def cell(name: str, group: tuple[str, str]) -> str:

@@ -5,10 +5,11 @@ bound to ``bn=``, or with ``norm=None``, or the same network written in Flax wit
 torchvision's of the same weights. A norm's share is what its step takes longer than the step without.
 """
 
-import random
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import harness
@@ -19,7 +20,7 @@ import optax
 import jbn
 from jbn import networks
 from jbn.cli.bench.contestants import EPS, versions
-from jbn.cli.bench.engine import Turn, interleave, ratios, spread, timed
+from jbn.cli.bench.engine import Spread, Turn, ratios, spread, timed
 from jbn.training import TrainState, make_train_step
 
 
@@ -55,18 +56,10 @@ def linen(params: Any, state: Any, x: Any, *, train: bool, axis_name: Any, mask:
     """
     import flax.linen as nn
 
-    layer = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.0,
-        epsilon=EPS,
-        dtype=x.dtype,
-        axis_name=axis_name,
-        use_fast_variance=fast,
-    )
-    variables = {
-        "params": {"scale": params.gamma, "bias": params.beta},
-        "batch_stats": {"mean": state.mean, "var": state.var},
-    }
+    kept = {"use_running_average": not train, "momentum": 0.0, "use_fast_variance": fast}
+    layer = nn.BatchNorm(**kept, epsilon=EPS, dtype=x.dtype, axis_name=axis_name)
+    running = {"mean": state.mean, "var": state.var}
+    variables = {"params": {"scale": params.gamma, "bias": params.beta}, "batch_stats": running}
     y, seen = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
     moments = seen["batch_stats"]
     count = jnp.full_like(moments["mean"], x.size // x.shape[-1] if train else 0)
@@ -84,27 +77,20 @@ class Norm(NamedTuple):
         return network == "resnet" if self.flax else network == "resnet50" if self.torch else True
 
 
-def _door() -> dict[str, Any]:
-    from jbn.linen import BatchNorm
-
-    return {"norm": BatchNorm}
-
-
-def _stock() -> dict[str, Any]:
-    from flax.linen import BatchNorm
-
-    return {"norm": BatchNorm}
+def _flax(module: str) -> dict[str, Any]:
+    return {"norm": import_module(module).BatchNorm}
 
 
 NORMS = {
     "jbn": Norm("jbn", "jbn", lambda: {"bn": partial(jbn.bn_apply, eps=EPS)}),
     "linen": Norm("flax.linen", "flax", lambda: {"bn": partial(linen, fast=True)}),
     "linen_two_pass": Norm("flax.linen, two-pass", "flax", lambda: {"bn": partial(linen, fast=False)}),
-    "flax_door": Norm("a Flax network, jbn.linen", "flax", _door, flax=True),
-    "flax": Norm("a Flax network, flax.linen", "flax", _stock, flax=True),
+    "flax_door": Norm("a Flax network, jbn.linen", "flax", lambda: _flax("jbn.linen"), flax=True),
+    "flax": Norm("a Flax network, flax.linen", "flax", lambda: _flax("flax.linen"), flax=True),
     "none": Norm("no norm", "jbn", lambda: {"norm": None}),
     "torch": Norm("torchvision", "torchvision", dict, torch=True),
 }
+COMPARED = ("temporaries", "compilation", "first_loss")  # what is known of a step beside its time
 
 
 def batch_of(case: Case, dtype: str) -> tuple[Any, Any]:
@@ -143,7 +129,7 @@ class Step:
             jax.clear_caches()
             begun = time.process_time()
             self._compiled = step.lower(self._train_state, self._batch).compile()
-            self.compilation = time.process_time() - begun
+            self.compilation = round(time.process_time() - begun, 3)
         self.temporaries = self._compiled.memory_analysis().temp_size_in_bytes
         self.last_metrics: dict[str, Any] = {}
         self.first_loss = float(self())
@@ -155,53 +141,44 @@ class Step:
         return self.last_metrics["loss"]
 
 
-def share(row: dict[str, Any], name: str) -> list[float] | None:
-    """What the norm adds to the step, in percent of the step with it, round by round; the norms in JAX have one."""
+def share(row: dict[str, Any], name: str) -> Spread | None:
+    """What the norm adds to the step, in percent of the step with it; the norms in JAX have one."""
     seconds = row["seconds"]
     if name not in seconds or "none" not in seconds or name == "none" or NORMS[name].torch:
         return None
-    return [100 * (1 - ratio) for ratio in ratios(seconds["none"], seconds[name])]
+    return spread(100 * (1 - ratio) for ratio in ratios(seconds["none"], seconds[name]))
 
 
 def page(run: harness.Run) -> str:
-    parts = [
-        *run.heading("A whole training step"),
-        f"{run.settings['rounds']} rounds in random order; medians, with quartiles in brackets. Forward, backward, SGD "
-        "with momentum and the update of the running statistics, in one jit. A norm's share is what its step "
-        "takes longer than the step without norms, in percent of its step. Temporaries: memory that the compiled "
-        "step needs beside its arguments and results. Compilation: processor seconds of all threads, from Python to "
-        "machine code, once.",
-    ]
+    parts = run.heading("A whole training step")
     header = ["", "ms a step", "time / time with jbn", "share of the step, %", "temporaries, MB", "compilation, s"]
     for row in run.rows:
         lines = [_line(row, name) for name in NORMS if name in row["seconds"]]
         parts += ["## {title}, {dtype}".format(**row), harness.table(header, lines)]
-        parts += [f"{NORMS[name].title} could not run it: {error}." for name, error in row["errors"].items()]
     return "\n\n".join(parts)
 
 
 def _line(row, name):
-    seconds, part = row["seconds"], share(row, name)
+    seconds, temporaries = row["seconds"], row["temporaries"][name]
     return [
         NORMS[name].title,
-        f"{1e3 * spread(seconds[name]).median:.3f}",
-        spread(ratios(seconds[name], seconds["jbn"])).text() if "jbn" in seconds else "–",
-        "–" if part is None else spread(part).text(1),
-        "–" if name not in row["temporaries"] else f"{row['temporaries'][name] / 1e6:.1f}",
-        "–" if name not in row["compilation"] else f"{row['compilation'][name]:.2f}",
+        harness.cell(1e3 * spread(seconds[name]).median, 3),
+        harness.cell(spread(ratios(seconds[name], seconds["jbn"])) if "jbn" in seconds else None),
+        harness.cell(share(row, name), 1),
+        harness.cell(temporaries and temporaries / 1e6, 1),
+        harness.cell(row["compilation"][name]),
     ]
 
 
 def picture(run: harness.Run) -> Any:
     """Bars of the shares on the left, of the memory on the right."""
-    names = [name for name in NORMS if any(name in row["temporaries"] for row in run.rows)]
-    size = (12, 1.5 + 0.25 * len(names) * len(run.rows))
-    figure, panels = harness.figure(ncols=2, figsize=size, sharey=True)
-    groups = [f"{row['title']}\n{row['dtype']}" for row in run.rows]
-    shares = {NORMS[n].title: [spread(part) if (part := share(row, n)) else 0 for row in run.rows] for n in names}
-    memory = {NORMS[n].title: [row["temporaries"].get(n, 0) / 1e6 for row in run.rows] for n in names}
-    harness.bars(panels[0], groups, shares)
-    harness.bars(panels[1], groups, memory)
+    names = [n for n in NORMS if not NORMS[n].torch and any(n in row["seconds"] for row in run.rows)]
+    figure, panels = harness.figure(12, 1.5 + 0.25 * len(names) * len(run.rows), ncols=2, sharey=True)
+    shares = {n: [part.median if (part := share(row, n)) else 0 for row in run.rows] for n in names}
+    memory = {n: [row["temporaries"].get(n, 0) / 1e6 for row in run.rows] for n in names}
+    for panel, values in zip(panels, (shares, memory), strict=True):
+        groups = [f"{row['title']}\n{row['dtype']}" for row in run.rows]
+        harness.bars(panel, groups, {NORMS[name].title: values[name] for name in names})
     panels[0].set_xlabel("batch norm's share of the step, %")
     panels[1].set_xlabel("temporaries of the step, MB")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
@@ -212,41 +189,23 @@ def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
     wanted = [name for name in NORMS if name in options.contestants and any(map(NORMS[name].runs, options.networks))]
     present = run.able(wanted, NORMS)
     run.versions |= versions(["optax", *(["torch"] if "torch" in present else [])])
-    order = random.Random(options.seed)
-    for dtype in options.dtypes:
-        for network in options.networks:
-            able = [name for name in present if NORMS[name].runs(network)]
-            yield _measured((TINY if options.quick else CASES)[network], dtype, able, order, options)
+    for dtype, network in itertools.product(options.dtypes, options.networks):
+        case, steps = (TINY if options.quick else CASES)[network], dict[str, Any]()
+        able = [name for name in present if NORMS[name].runs(network)]
+        timings = harness.timings(options, {name: partial(_turn, steps, name, case, dtype) for name in able})
+        jax.clear_caches()
+        _check(steps, dtype)
+        known = {what: {name: getattr(step, what) for name, step in steps.items()} for what in COMPARED}
+        yield {"title": case.title, "dtype": dtype, "shape": case.shape, **timings, **known}
 
 
-def _measured(case, dtype, names, order, options):
-    steps: dict[str, Any] = {}
-
-    def turn(name: str) -> Turn:
-        if NORMS[name].torch:
-            import torch_step
-
-            steps[name] = torch_step.Step(case, dtype)
-        else:
-            steps[name] = Step(name, case, dtype)
-        return timed(steps[name])
-
-    seconds, errors = interleave(
-        {name: partial(turn, name) for name in names}, rounds=options.rounds, turn_seconds=options.turn, order=order
-    )
-    jax.clear_caches()
-    _check(steps, dtype)
-    compiled = {name: step for name, step in steps.items() if not NORMS[name].torch}
-    return {
-        "title": case.title,
-        "dtype": dtype,
-        "shape": case.shape,
-        "seconds": seconds,
-        "temporaries": {name: step.temporaries for name, step in compiled.items()},
-        "compilation": {name: float(f"{step.compilation:.4g}") for name, step in compiled.items()},
-        "first_loss": {name: step.first_loss for name, step in steps.items()},
-        "errors": errors,
-    }
+def _turn(steps: dict[str, Any], name: str, case: Case, dtype: str) -> Turn:
+    """A turn of a step, which is added to those that there are."""
+    if NORMS[name].torch:
+        steps[name] = import_module("torch_step").Step(case, dtype)
+    else:
+        steps[name] = Step(name, case, dtype)
+    return timed(steps[name])
 
 
 def _check(steps, dtype):
@@ -268,10 +227,10 @@ if __name__ == "__main__":
         name=lambda options: "step-resnet50" if "resnet50" in options.networks else "step",
         rounds=15,
         turn=0.5,
-        lists={
-            "contestants": (NORMS, NORMS),
-            "networks": (CASES, [name for name in CASES if CASES[name].usual]),
-            "dtypes": (harness.DTYPES[:2], harness.DTYPES[:2]),
+        options={
+            "contestants": harness.some(NORMS, NORMS),
+            "networks": harness.some(CASES, [name for name in CASES if CASES[name].usual]),
+            "dtypes": harness.some(harness.DTYPES[:2], harness.DTYPES[:2]),
         },
         quick={"dtypes": 1, "rounds": 3, "turn": 0.02},
     )

@@ -22,17 +22,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn._pool
-from jbn import BNParams, BNState, bn_apply
+from jbn import BNParams, BNState, bn_apply, networks
 
 TOPOLOGIES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:16x16x16")
 
 
 def _resnet_50() -> tuple[int, ...]:
-    """Channels of its 53 batch norms: the stem, and in each stage blocks of three and one shortcut."""
-    widths = [64]
-    for blocks, inner in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        widths += [inner, inner, 4 * inner, 4 * inner] + [inner, inner, 4 * inner] * (blocks - 1)
-    return tuple(widths)
+    """Channels of its 53 batch norms."""
+    params, _ = jax.eval_shape(networks.resnet(1000, **networks.imagenet(50)).init, jax.random.key(0))
+    layers = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, BNParams))
+    return tuple(layer.gamma.size for layer in layers if isinstance(layer, BNParams))
 
 
 PROGRAMS = {"one of 256 channels": (256,), "ResNet-50, 26 560 channels": _resnet_50()}
@@ -111,10 +110,9 @@ def measure(options: Any, run: harness.Run) -> Iterator[dict[str, Any]]:
 
 def page(run: harness.Run) -> str:
     parts = [*run.heading("What synchronized statistics send"), ABOUT]
-    header = ("chips", "way", "forward", "backward", "forward, bytes per chip", "backward", "together")
+    header = ("chips", "way", "forward", "backward", "forward, kB per chip", "backward, kB", "together, kB")
     for program, rows in run.by("program").items():
         parts += [f"## {program}", harness.table(header, [_cells(row) for row in rows if not row["error"]])]
-        parts += [f"{row['topology']}, {row['way']}: {row['error']}" for row in rows if row["error"]]
     return "\n\n".join(parts)
 
 
@@ -122,17 +120,17 @@ def _cells(row):
     def kinds(counts):
         return " + ".join(f"{n} {kind}" for kind, n in counts.items()) or "none"
 
-    def shown(n):
-        return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
-
-    way = f"**{row['way']}**" if row["way"] == "one shift" else row["way"]
     forward, backward = row["forward_bytes"], row["backward_bytes"]
-    chips = f"{row['chips']} ({row['topology']})"
-    amounts = map(shown, (forward, backward, forward + backward))
-    return chips, way, kinds(row["forward"]), kinds(row["backward"]), *amounts
+    kilobytes = [f"{amount / 1e3:.1f}" for amount in (forward, backward, forward + backward)]
+    return f"{row['chips']} ({row['topology']})", row["way"], kinds(row["forward"]), kinds(row["backward"]), *kilobytes
 
 
 if __name__ == "__main__":
     harness.main(
-        __doc__, measure, page, lists={"topologies": (TOPOLOGIES, TOPOLOGIES)}, quick={"topologies": 1}, on_device=False
+        __doc__,
+        measure,
+        page,
+        options={"topologies": harness.some(TOPOLOGIES, TOPOLOGIES)},
+        quick={"topologies": 1},
+        on_device=False,
     )

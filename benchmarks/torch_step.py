@@ -36,6 +36,8 @@ _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 class Step:
     """A training step that runs on from where it stopped, with its first loss."""
 
+    temporaries = compilation = None  # of which PyTorch does not tell on a CPU, and has none
+
     def __init__(self, case: Any, dtype: str):
         import jax
         import numpy as np

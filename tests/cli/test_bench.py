@@ -254,9 +254,9 @@ class TestTorch:
 
 
 BAD_INPUT = {
-    "--shape 32,a": "--shape: got '32,a'; expected the sizes of x between commas, each at least 1; "
+    "--shape 32,a": "--shape: got '32,a'; expected widths of at least 1 between commas, one a dimension of x; "
     "as in --shape 32,56,56,64.",
-    "--shape 4,0": "--shape: got '4,0'; expected the sizes of x between commas, each at least 1; "
+    "--shape 4,0": "--shape: got '4,0'; expected widths of at least 1 between commas, one a dimension of x; "
     "as in --shape 32,56,56,64.",
     "--shape 4": "--shape: got 4 with --axis -1; expected at least 2 values in each channel, since the variance "
     "of one is 0; use a larger batch.",

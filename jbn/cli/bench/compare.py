@@ -18,7 +18,7 @@ import jax
 from jbn.cli.bad_input import BadInput
 from jbn.cli.bench import display
 from jbn.cli.bench.contestants import CONTESTANTS, PASSES, Case, missing, versions
-from jbn.cli.bench.engine import Turn, interleave, ratios, spread
+from jbn.cli.bench.engine import interleave, ratios, spread
 from jbn.cli.bench.in_jax import jax_turn
 from jbn.cli.bench.options import BenchOptions
 from jbn.cli.bench.torch_process import Torch, torch_process
@@ -86,10 +86,6 @@ def _free_memory(device: Any) -> int | None:
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
-def _turn(name: str, case: Case, torch: Torch | None) -> Turn:
-    return torch.turn(name, case) if name == "torch" and torch is not None else jax_turn(name, case)
-
-
 def _measured(
     mode: str, names: list[str], options: BenchOptions, torch: Torch | None, deadline: float, tell: Any
 ) -> dict[str, Any]:
@@ -103,7 +99,7 @@ def _measured(
         tell(mode, round_)
 
     seconds, errors = interleave(
-        {name: partial(_turn, name, case, torch) for name in names},
+        {name: partial(torch.turn if torch and name == "torch" else jax_turn, name, case) for name in names},
         rounds=options.rounds,
         turn_seconds=_TURN,
         order=random.Random(),

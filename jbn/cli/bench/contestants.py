@@ -102,8 +102,7 @@ def _plain(case, momentum):
     params = (jnp.ones(case.channels), jnp.zeros(case.channels))
     state = (jnp.zeros(case.channels), jnp.ones(case.channels))
     reduce_axes = tuple(a for a in range(len(case.shape)) if a != case.place)
-    layout = [1] * len(case.shape)
-    layout[case.axis] = -1
+    layout = [-1 if a == case.place else 1 for a in range(len(case.shape))]
 
     def apply(params, state, x):
         gamma, beta = params
@@ -135,9 +134,8 @@ def _jbn(case, momentum, *, offset=0.0, masked=False):
 
 def _mask(case):
     """(…, 1): the last eighth of the examples is padding."""
-    rows = jnp.arange(case.shape[0]) < math.ceil(7 / 8 * case.shape[0])
     shape = [1 if a == case.place else n for a, n in enumerate(case.shape)]
-    return jnp.broadcast_to(rows.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    return jax.lax.broadcasted_iota("int32", shape, 0) < math.ceil(7 / 8 * case.shape[0])
 
 
 def _small(case):
@@ -145,15 +143,14 @@ def _small(case):
     return jnp.zeros([n if a == case.place else 2 for a, n in enumerate(case.shape)], case.dtype)
 
 
+def _in_flax(case, momentum):
+    """The arguments that flax.linen and flax.nnx share."""
+    moments = {"use_running_average": not case.train, "momentum": momentum}
+    return {"axis": case.axis, "epsilon": EPS, "dtype": jnp.dtype(case.dtype), **moments}
+
+
 def _linen(case, momentum, *, fast=True, masked=False):
-    layer = import_module("flax.linen").BatchNorm(
-        use_running_average=not case.train,
-        axis=case.axis,
-        momentum=momentum,
-        epsilon=EPS,
-        dtype=jnp.dtype(case.dtype),
-        use_fast_variance=fast,
-    )
+    layer = import_module("flax.linen").BatchNorm(**_in_flax(case, momentum), use_fast_variance=fast)
     variables = layer.init(jax.random.key(0), _small(case))
     mask = _mask(case) if masked else None
 
@@ -168,15 +165,7 @@ def _linen(case, momentum, *, fast=True, masked=False):
 
 def _nnx(case, momentum):
     nnx = import_module("flax.nnx")
-    layer = nnx.BatchNorm(
-        case.channels,
-        use_running_average=not case.train,
-        axis=case.axis,
-        momentum=momentum,
-        epsilon=EPS,
-        dtype=jnp.dtype(case.dtype),
-        rngs=nnx.Rngs(0),
-    )
+    layer = nnx.BatchNorm(case.channels, **_in_flax(case, momentum), rngs=nnx.Rngs(0))
     graph, params, state = nnx.split(layer, nnx.Param, nnx.BatchStat)
 
     def apply(params, state, x):

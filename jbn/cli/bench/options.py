@@ -5,32 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from jbn.cli.bad_input import BadInput
-from jbn.cli.parsers import choice, integer, option
+from jbn.cli.parsers import choice, integer, option, sizes
 
 __all__ = ["BenchOptions"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _shape(option: str, raw: Any) -> tuple[int, ...]:
-    """For the sizes of x."""
-    try:
-        sizes = tuple(int(size) for size in str(raw).split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise BadInput(
-            f"{option}: got {raw!r}; expected the sizes of x between commas, each at least 1; "
-            f"as in {option} 32,56,56,64."
-        )
-    return sizes
-
-
 @dataclass(frozen=True)
 class BenchOptions:
     """What ``jbn bench`` was asked for, in the words of its options."""
 
-    shape: tuple[int, ...] = option(_shape, "INT,INT,…", "Of x.", "32,56,56,64")
+    shape: tuple[int, ...] = option(sizes("32,56,56,64", "dimension of x"), "INT,INT,…", "Of x.", "32,56,56,64")
     dtype: str = option(choice(DTYPES), "|".join(DTYPES), "Of x and y.", "float32")
     axis: int = option(integer(-64, -1, 63), "INT", "The feature axis; -1 for NHWC, 1 for NCHW.", -1)
     rounds: int = option(integer(7, 11), "INT", "In which each takes a turn, fewer if time is up.", 11)
