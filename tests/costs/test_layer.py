@@ -120,7 +120,7 @@ def test_a_mask_adds_no_temporary_that_comes_near_the_size_of_x(dtype, mask_shap
         hlo, memory = compile_hlo(lambda *args, fn=fn: fn(*args, mask=mask), *args)
         # One selection: it lies where a result is put later, the output in forward and dx in backward.
         assert hlo.full_size_results(x.size) <= 1 + 2 * (fn is forward_backward)
-        assert memory.temp_size_in_bytes <= 0.02 * x.nbytes
+        assert memory.temp_size_in_bytes <= 0.03 * x.nbytes  # the mask itself, at most twice
 
 
 @DTYPES
