@@ -140,7 +140,7 @@ def test_remat_keeps_less_for_the_backward_pass_and_changes_no_value(block):
     assert_close(got, want, roundings=4 * CHAIN)
 
 
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_mask_is_the_same_as_computing_on_the_selected_images(train):
     network, params, state, x = made()
     assert_mask_selects(network, params, state, x, train=train, roundings=8 * CHAIN)
