@@ -17,7 +17,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", ["bottleneck", pytest.param("basic", marks=pytest.mark.nightly)])
 def test_a_narrow_network_is_what_torchvision_computed(name):
     """``tests/convert/golden/torchvision/make.py`` wrote the file."""
     answers = golden.load(Path(__file__).parent / "golden" / "torchvision" / f"{name}.npz")

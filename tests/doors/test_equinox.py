@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import itertools
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from support import oracle
 from support.beside_stock import assert_near, assert_same, bits, outline
+from support.nightly import by_day
 
 eqx = pytest.importorskip("equinox")
 door = pytest.importorskip("jbn.equinox")
@@ -33,9 +35,21 @@ def history(cls, x, **options):
     return results
 
 
-@MODES
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (20, 2, 3, 2), (1, 3, 4)], ids=str)
+SHAPES = [(6, 3), (6, 3, 4), (20, 2, 3, 2), (1, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "affine", "shape"),
+    by_day(
+        itertools.product(["batch", "ema"], [True, False], SHAPES),
+        [
+            (mode, affine, shape)
+            for i, shape in enumerate(SHAPES)
+            for mode, affine in [("batch", i % 2 == 0), ("ema", i % 2 > 0)]
+        ],
+    ),
+    ids=str,
+)
 def test_outputs_gradients_and_state_are_those_of_equinox(mode, affine, shape):
     options = {"mode": mode, "channelwise_affine": affine, "eps": 1e-3, "momentum": 0.9}
     got, expected = (history(cls, batch(shape), **options) for cls in (door.BatchNorm, eqx.nn.BatchNorm))

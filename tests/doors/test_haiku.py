@@ -77,7 +77,11 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+BY_NIGHT = {"axis", "negative axis", "all axes", "neither"}
+NAMES = [pytest.param(name, marks=[pytest.mark.nightly] * (name in BY_NIGHT)) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_gradients_and_state_are_those_of_haiku(name):
     got, expected = (history(cls, batch(), LAYOUTS[name]) for cls in (door.BatchNorm, hk.BatchNorm))
     if name == "no axes":  # each value is its own mean: Haiku divides what rounding left by the square root of ε

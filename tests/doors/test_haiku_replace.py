@@ -52,6 +52,7 @@ def train(apply, params, state, x, labels, steps=20):
     return losses, params, state
 
 
+@pytest.mark.nightly
 def test_a_resnet_trains_as_it_does_with_the_layers_of_haiku():
     model, (x, labels) = resnet(), images()
     params, state = jax.jit(partial(model.init, is_training=True))(jax.random.key(0), x)

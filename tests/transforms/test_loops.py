@@ -1,5 +1,6 @@
 """The state in loops, layers in stacks, buffers donated: what a training program is made of."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax import lax
 from support.closeness import assert_close
 from support.hostile import HOSTILE, C, member, problem, stacked, step
+from support.nightly import by_day
 
 from jbn import BNStats, bn_apply, bn_init, bn_merge_stats, bn_update_stats
 
@@ -67,8 +69,13 @@ def test_a_scan_is_differentiated_through():
     assert_close(got, expected, roundings=128)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("case", ["plain", "masked", "bf16"])
+@pytest.mark.parametrize(
+    ("case", "train"),
+    by_day(
+        itertools.product(["plain", "masked", "bf16"], [True, False]),
+        [("plain", True), ("masked", True), ("masked", False), ("bf16", True)],
+    ),
+)
 def test_stacked_layers_under_a_scan_over_depth_equal_a_loop_over_layers(case, train):
     """With as many layers as channels, where a wrong axis would not show in the shapes."""
     params, state, _, _ = problem(members=(C,))

@@ -1,5 +1,6 @@
 """Batch renormalization: Algorithm 1 of Ioffe 2017, with r and d held fixed by every derivative."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from support import eight, oracle, plain
 from support.closeness import assert_close, assert_same_bits, bits
 from support.counting import compilations
+from support.nightly import by_day
 
 from jbn import BNParams, BNState, bn_apply, bn_update_stats
 
@@ -132,9 +134,18 @@ def everything(options, params, state, x, weights):
     return y, stats, vjp(weights.astype(y.dtype))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("options", [{}, {"mask": MASK}, {"ghost_size": 3}], ids=["plain", "mask", "ghost"])
-def test_limits_of_1_and_0_are_plain_batch_norm_bit_for_bit(options, dtype):
+OPTIONS = {"plain": {}, "mask": {"mask": MASK}, "ghost": {"ghost_size": 3}}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    by_day(
+        itertools.product(OPTIONS, ["float32", "bfloat16"]),
+        [("plain", "float32"), ("mask", "float32"), ("mask", "bfloat16"), ("ghost", "bfloat16")],
+    ),
+)
+def test_limits_of_1_and_0_are_plain_batch_norm_bit_for_bit(name, dtype):
+    options, dtype = OPTIONS[name], jnp.dtype(dtype)
     params, state, x, weights = problem()
     args = (params, state, x.astype(dtype), weights)
     unit = {**options, "renorm": (jnp.float32(1), jnp.float32(0))}
