@@ -94,12 +94,11 @@ def picture(run: harness.Run) -> Any:
                     statistics.geometric_mean(values), line, "|", color="C3" if name == "floor" else "C0", ms=16, mew=3
                 )
         panel.axvline(1, color="0.3", linewidth=1)
-        panel.set(xscale="log", title=", ".join(group), yticks=range(len(compared)))
+        panel.set(xscale="log", title=", ".join(group), yticks=range(len(compared)), ylim=(len(compared) - 0.5, -0.5))
         panel.set_yticklabels(map(title, compared))
         panel.xaxis.set(major_locator=LogLocator(base=2), minor_locator=NullLocator())
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.grid(axis="x", alpha=0.3)
-    axes[0, 0].invert_yaxis()
     figure.supxlabel("time / time of jbn (right of 1: slower than jbn); last row: jbn / copy floor")
     return figure
 
