@@ -116,7 +116,7 @@ def _train(command: str, **given: Any) -> int | None:
 
 
 def _bench(command: str, **given: Any) -> None:
-    _run("bench.compare", options=BenchOptions.of(**given))
+    _run("bench.compare", options=BenchOptions(**given))
 
 
 def _version(wanted: bool) -> None:

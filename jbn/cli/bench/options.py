@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from jbn.cli.bad_input import BadInput
 from jbn.cli.parsers import choice, integer, option, sizes
@@ -21,11 +20,6 @@ class BenchOptions:
     axis: int = option(integer(-64, -1, 63), "INT", "The feature axis; -1 for NHWC, 1 for NCHW.", -1)
     rounds: int = option(integer(7, 11), "INT", "In which each takes a turn, fewer if time is up.", 11)
     json: bool = option(None, "", "JSON on a terminal too.", False)
-
-    @classmethod
-    def of(cls, **given: Any) -> "BenchOptions":
-        """What was given, checked."""
-        return cls(**given)
 
     def __post_init__(self) -> None:
         rank = len(self.shape)
