@@ -15,9 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest does so itself, but only later
 
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
+
+def _set_xla_flag(name, value):
+    """Adds a flag that ``XLA_FLAGS`` does not hold yet; XLA reads them when a test first makes an array."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {name}={value}".strip()
+
+
+_set_xla_flag("--xla_force_host_platform_device_count", 8)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -77,6 +83,23 @@ def pytest_addoption(parser):
         choices=("gpu", "tpu"),
         help="run on the CPU what jbn does on this platform: every lax.platform_dependent takes its branch",
     )
+    parser.addoption(
+        "--unoptimized",
+        action="store_true",
+        help="have XLA compile programs without optimizing them, in less than half the time",
+    )
+
+
+def _compile_unoptimized():
+    """Asks XLA for programs soon rather than for quick programs, since tests run nearly all of theirs once.
+
+    Up to jaxlib 0.11.0 there are two ways in which XLA:CPU writes a fused kernel. The default, by MLIR, takes two
+    fifths of the suite's processor time even where LLVM optimizes nothing. Later ones (0.11.2 and 0.12 were tried)
+    have no other way, and XLA ends a process at a flag that it does not know.
+    """
+    _set_xla_flag("--xla_backend_optimization_level", 0)
+    if jax.__version_info__ <= (0, 11, 0):
+        _set_xla_flag("--xla_cpu_use_fusion_emitters", "false")
 
 
 def _take_branch_of(platform):
@@ -149,6 +172,8 @@ class _House:
 
 def pytest_configure(config):
     config.pluginmanager.register(_House(), "jbn-house")
+    if config.getoption("--unoptimized"):
+        _compile_unoptimized()
     if config.getoption("--path-of"):
         jax.lax.platform_dependent = _take_branch_of(config.getoption("--path-of"))
 

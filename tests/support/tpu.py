@@ -40,7 +40,9 @@ def compiled(programs, timeout=500):
     """What :func:`main` prints of ``programs``, the name of a function here; skips where libtpu is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, which compiles for TPUs without one: pip install libtpu")
-    environment = {**os.environ, "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    # libtpu ends the process at flags of XLA:CPU that it does not know.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import support.tpu as t; t.main()"
     command = [sys.executable, "-c", code, programs]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
