@@ -90,6 +90,25 @@ class TestStandardized:
         data = loaded(tmp_path, noise(20, *shape), np.arange(20) % 2)
         assert ["numpy.moveaxis(x, 1, -1)" in doubt for doubt in data.doubts] == [True] * said
 
+    def test_inputs_are_standardized_with_the_training_set(self, tmp_path):
+        rng = np.random.default_rng(0)
+        x, x_test, y = rng.normal(5, 3, (30, 4, 4, 2)), rng.normal(size=(6, 4, 4, 2)), np.arange(30) % 2
+        data = loaded(tmp_path, x, y, flat=False, x_test=x_test, y_test=y[:6])
+        mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
+        np.testing.assert_allclose(data.x, (x - mean) / std, atol=1e-5)
+        np.testing.assert_allclose(data.x_test, (x_test - mean) / std, atol=1e-5)
+        flat = load_data(tmp_path / "d.npz", 0, flat=True)
+        np.testing.assert_array_equal(flat.x, np.reshape(data.x, (30, 32)))
+
+
+def test_splits_keep_the_share_of_each_class(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.arange(200.0).reshape(100, 2), y=(np.arange(100) % 10 == 0) * 1)
+    one, again = (load_data(tmp_path / "d.npz", 7, flat=True) for _ in range(2))
+    other = load_data(tmp_path / "d.npz", 8, flat=True)
+    assert (np.sum(one.y == 1), np.sum(one.y_test == 1), len(one.y_test)) == (8, 2, 20)
+    np.testing.assert_array_equal(one.x, again.x)
+    assert not np.array_equal(one.x, other.x)
+
 
 class TestLabels:
     @pytest.mark.parametrize("dtype", ["bool", "float32", "float16", "int8", "uint64"])

@@ -1,4 +1,4 @@
-"""The command line: what a run shows, what it leaves behind, and the pieces that it is made of."""
+"""The command line: what a run shows and what it leaves behind."""
 
 import contextlib
 import io
@@ -7,29 +7,17 @@ import os
 import re
 import signal
 import sys
-from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from support.saved_runs import two_classes
 
 import jbn
-import jbn.cli.batches
-import jbn.cli.fit
 import jbn.cli.train
 from jbn.cli import display, main
-from jbn.cli.batches import Batches
-from jbn.cli.data import load_data
-from jbn.cli.devices import mesh_of, replicated
 from jbn.cli.documents import show, to_json
-from jbn.cli.fit import SoFar, fit, loss_fn
-from jbn.cli.models import load_model, save_model
-from jbn.cli.network import NetworkSpec
-from jbn.networks import mlp
-from jbn.training import TrainState, make_train_step
+from jbn.cli.fit import fit
+from jbn.cli.models import load_model
 
 FILES = ["activations.png", "curves.png", "metrics.json", "with.safetensors", "without.safetensors"]
 SMALL = ["--epochs", "2", "--batch-size", "32", "--hidden", "3"]  # as other tests have it, to be compiled once
@@ -276,132 +264,6 @@ class TestInterrupt:
         self.interrupted(tmp_path, capsys, data)
 
 
-class TestPieces:
-    def test_batches_are_the_same_for_the_same_seed_and_hold_no_row_twice(self):
-        order = np.stack(list(Batches(10, 4, 3, seed=1).order()))
-        assert order.shape == (3, 2, 4)
-        rng = np.random.default_rng(1)  # as version 0.1.0 has drawn them, all at once
-        np.testing.assert_array_equal(order, [rng.permutation(10)[:8].reshape(2, 4) for _ in range(3)])
-        assert all(len(set(epoch.ravel())) == 8 for epoch in order)
-        assert (order[0] != order[1]).any()
-
-    def test_an_epoch_is_shuffled_when_it_comes(self, tmp_path, data, monkeypatch, capsys):
-        """A run of a billion epochs gets as far as its first step."""
-        monkeypatch.setattr(SoFar, "after", lambda *given: signal.raise_signal(signal.SIGINT))
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            arguments = ("--epochs", "1000000000", "--batch-size", "8", "--hidden", "3", "--norm", "none")
-            assert main(["train", "--data", str(data), *arguments, "--out", str(tmp_path / "run")]) == 130
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def test_calls_of_many_steps_are_the_steps_one_by_one(self, data, monkeypatch):
-        """Also where the last call of an epoch, and the last rows of an evaluation, are fewer."""
-        network = mlp((3, 4, 2), activation=jax.nn.sigmoid)
-        optimizer = optax.sgd(0.1)
-        step = make_train_step(network.apply, loss_fn, optimizer)
-        params, state = network.init(jax.random.key(0))
-        start = TrainState(params, state, optimizer.init(params), jnp.zeros((), jnp.int32))
-        loaded = load_data(data, 0, flat=True)
-        batches = Batches(len(loaded.x), 8, 2, seed=0)
-        assert (batches.steps, batches.total) == (8, 16)
-
-        train_state, losses, accuracies = start, [], []
-        one, apply = jax.jit(step), jax.jit(partial(network.apply, train=False))
-        for epoch in batches.order():
-            for rows in epoch:
-                train_state, metrics = one(train_state, (loaded.x[rows], loaded.y[rows]))
-                losses.append(float(metrics["loss"]))
-            outputs, _ = apply(train_state.params, train_state.bn_state, loaded.x_test)
-            accuracies.append(float(np.mean(np.argmax(outputs, -1) == np.asarray(loaded.y_test))))
-
-        monkeypatch.setattr(jbn.cli.batches, "_STEPS_A_CALL", 3)
-        monkeypatch.setattr(jbn.cli.fit, "_ROWS_A_CALL", 5)
-        reports = []
-        begun = SoFar.at(replicated(start, mesh_of(1)))
-        done = fit(network, step, begun, loaded, batches, mesh_of(1), reports.append)
-        np.testing.assert_allclose(done.histories["loss"], losses, rtol=1e-5)
-        np.testing.assert_allclose(done.epochs["test_accuracy"], accuracies)
-        for a, b in zip(jax.tree.leaves(done.train_state.params), jax.tree.leaves(train_state.params), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-        outputs, _ = apply(*done.train_state[:2], loaded.x)
-        np.testing.assert_allclose(done.epochs["train_loss"][-1], loss_fn(outputs, loaded.y), rtol=1e-5)
-        assert [report.steps for report in reports] == [3, 3, 2, 0] * 2
-        assert [report.accuracy for report in reports] == [None] * 3 + accuracies[:1] * 4 + accuracies[1:]
-
-    def test_splits_keep_the_share_of_each_class(self, tmp_path):
-        np.savez(tmp_path / "d.npz", x=np.arange(200.0).reshape(100, 2), y=(np.arange(100) % 10 == 0) * 1)
-        one, again = (load_data(tmp_path / "d.npz", 7, flat=True) for _ in range(2))
-        other = load_data(tmp_path / "d.npz", 8, flat=True)
-        assert (np.sum(one.y == 1), np.sum(one.y_test == 1), len(one.y_test)) == (8, 2, 20)
-        np.testing.assert_array_equal(one.x, again.x)
-        assert not np.array_equal(one.x, other.x)
-
-    def test_inputs_are_standardized_with_the_training_set(self, tmp_path):
-        rng = np.random.default_rng(0)
-        x, x_test, y = rng.normal(5, 3, (30, 4, 4, 2)), rng.normal(size=(6, 4, 4, 2)), np.arange(30) % 2
-        np.savez(tmp_path / "d.npz", x=x, y=y, x_test=x_test, y_test=y[:6])
-        loaded = load_data(tmp_path / "d.npz", 0, flat=False)
-        mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
-        np.testing.assert_allclose(loaded.x, (x - mean) / std, atol=1e-5)
-        np.testing.assert_allclose(loaded.x_test, (x_test - mean) / std, atol=1e-5)
-        flat = load_data(tmp_path / "d.npz", 0, flat=True)
-        np.testing.assert_array_equal(flat.x, np.reshape(loaded.x, (30, 32)))
-
-    def test_steps_to_a_loss_average_ten_steps(self):
-        def steps_to(losses, target):
-            return SoFar(None, {"loss": np.array(losses)}).steps_to(target)
-
-        losses = [2.0] * 9 + [0.0] + [1.0] * 10
-        assert steps_to(losses, 1.8) == 10
-        assert steps_to(losses, 0.9) == 19
-        assert steps_to(losses, 0.5) is None
-        assert steps_to([3.0, 1.0], 2.0) == 2
-
-    def test_a_model_reloads_to_equal_arrays(self, tmp_path):
-        spec = NetworkSpec(inputs=3, hidden=(4,), classes=2, norm="z", activation="tanh", dtype="bfloat16")
-        params, state = spec.make().init(jax.random.key(5))
-        _, inputs = jbn.normalize_inputs(np.eye(3, dtype=np.float32))
-        save_model(tmp_path / "m.safetensors", spec, params, state, inputs)
-        again = load_model(tmp_path / "m.safetensors")
-        assert again[0] == spec
-        for before, after in zip((params, state, inputs), again[1:], strict=True):
-            assert jax.tree.structure(before) == jax.tree.structure(after)
-            for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-                assert a.dtype == b.dtype
-                np.testing.assert_array_equal(a, b)
-
-    def test_model_files_of_identical_runs_are_the_same_bytes(self, tmp_path):
-        """Some tens of writes: the order of metadata was drawn anew for each."""
-        spec = NetworkSpec(inputs=3, hidden=(4,), classes=2, norm="z", activation="tanh")
-        params, state = spec.make().init(jax.random.key(5))
-        written = set()
-        for _ in range(20):
-            save_model(tmp_path / "m", spec, params, state, jbn.BNStats(*np.zeros((3, 3))))
-            written.add((tmp_path / "m").read_bytes())
-        assert len(written) == 1
-
-    def test_model_files_name_their_arrays(self, tmp_path):
-        from safetensors.numpy import load_file
-
-        spec = NetworkSpec(inputs=3, hidden=(4,), classes=2, norm="z", activation="tanh")
-        params, state = spec.make().init(jax.random.key(5))
-        save_model(tmp_path / "m.safetensors", spec, params, state, jbn.BNStats(*np.zeros((3, 3), np.float32)))
-        assert sorted(load_file(tmp_path / "m.safetensors")) == [
-            "inputs/count",
-            "inputs/mean",
-            "inputs/var",
-            "params/0/W",
-            "params/0/b",
-            "params/0/bn/beta",
-            "params/0/bn/gamma",
-            "params/1/W",
-            "params/1/b",
-            "state/0/count",
-            "state/0/mean",
-            "state/0/var",
-        ]
-
-    def test_json_has_null_for_what_is_not_finite(self):
-        document = {"a": [1.5, float("nan")], "b": np.float32("inf"), "c": np.arange(2)}
-        assert json.loads(to_json(document)) == {"a": [1.5, None], "b": None, "c": [0, 1]}
+def test_json_has_null_for_what_is_not_finite():
+    document = {"a": [1.5, float("nan")], "b": np.float32("inf"), "c": np.arange(2)}
+    assert json.loads(to_json(document)) == {"a": [1.5, None], "b": None, "c": [0, 1]}
