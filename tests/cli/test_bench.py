@@ -320,10 +320,10 @@ class TestScripts:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def test_results_of_before_are_still_read(self):
+    def test_the_committed_median_is_that_of_the_committed_runs(self):
         results = BENCHMARKS / "results"
-        files = [results / f"layer-2026-11-20{run}.json" for run in ("", "-run-2", "-run-3")]
-        assert self.script("median.py", *files) == (results / "layer-2026-11-20-median.md").read_text()
+        files = [results / f"layer-2026-11-21{run}.json" for run in ("", "-run-2", "-run-3")]
+        assert self.script("median.py", *files) == (results / "layer-2026-11-21-median.md").read_text()
 
     @pytest.mark.nightly
     @pytest.mark.parametrize("name", ["layer", "step", "costs", "accuracy", "fold"])
