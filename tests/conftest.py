@@ -93,11 +93,15 @@ def pytest_addoption(parser):
 def _compile_unoptimized():
     """Asks XLA for programs soon rather than for quick programs, since tests run nearly all of theirs once.
 
+    LLVM optimizes nothing then, and gets each program whole: XLA:CPU would cut it into pieces to be compiled side by
+    side, which costs a tenth of the time where the workers of ``pytest -n`` keep all cores busy.
+
     Up to jaxlib 0.11.0 there are two ways in which XLA:CPU writes a fused kernel. The default, by MLIR, takes two
     fifths of the suite's processor time even where LLVM optimizes nothing. Later ones (0.11.2 and 0.12 were tried)
     have no other way, and XLA ends a process at a flag that it does not know.
     """
     _set_xla_flag("--xla_backend_optimization_level", 0)
+    _set_xla_flag("--xla_cpu_parallel_codegen_split_count", 1)
     if jax.__version_info__ <= (0, 11, 0):
         _set_xla_flag("--xla_cpu_use_fusion_emitters", "false")
 
