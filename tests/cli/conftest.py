@@ -1,6 +1,7 @@
 """Runs that the tests of the command line share, and pictures that cost nothing where no test looks at them."""
 
 import shutil
+import signal
 
 import pytest
 from support import saved_runs
@@ -10,6 +11,19 @@ from support import saved_runs
 def no_pictures():
     with saved_runs.blank_pictures():
         yield
+
+
+@pytest.fixture
+def ctrl_c_is_heard():
+    """Also where the tests run in the background of a shell, which ignores it there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return saved_runs.two_classes(tmp_path)
 
 
 @pytest.fixture(scope="session")

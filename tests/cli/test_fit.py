@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.saved_runs import two_classes
 
 import jbn.cli.batches
 import jbn.cli.fit
@@ -21,11 +20,6 @@ from jbn.networks import mlp
 from jbn.training import TrainState, make_train_step
 
 
-@pytest.fixture
-def data(tmp_path):
-    return two_classes(tmp_path)
-
-
 def test_batches_are_the_same_for_the_same_seed_and_hold_no_row_twice():
     order = np.stack(list(Batches(10, 4, 3, seed=1).order()))
     assert order.shape == (3, 2, 4)
@@ -35,15 +29,12 @@ def test_batches_are_the_same_for_the_same_seed_and_hold_no_row_twice():
     assert (order[0] != order[1]).any()
 
 
-def test_an_epoch_is_shuffled_when_it_comes(tmp_path, data, monkeypatch, capsys):
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+def test_an_epoch_is_shuffled_when_it_comes(tmp_path, data, monkeypatch):
     """A run of a billion epochs gets as far as its first step."""
     monkeypatch.setattr(SoFar, "after", lambda *given: signal.raise_signal(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        arguments = ("--epochs", "1000000000", "--batch-size", "8", "--hidden", "3", "--norm", "none")
-        assert main(["train", "--data", str(data), *arguments, "--out", str(tmp_path / "run")]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    arguments = ("--epochs", "1000000000", "--batch-size", "8", "--hidden", "3", "--norm", "none")
+    assert main(["train", "--data", str(data), *arguments, "--out", str(tmp_path / "run")]) == 130
 
 
 def test_calls_of_many_steps_are_the_steps_one_by_one(data, monkeypatch):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.saved_runs import two_classes
 
 from jbn.cli import child, commands, main, processes, supervision
 from jbn.cli.bad_input import BadInput
@@ -26,11 +25,6 @@ pytestmark = pytest.mark.processes
 SMALL = ("--batch-size", "16", "--epochs", "1", "--hidden", "4", "--accumulate", "2", "--no-compare")
 ENDLESS = ("--batch-size", "24", "--epochs", "100000", "--hidden", "4", "--no-compare", "--checkpoint-every", "1")
 AGAIN = "expected all of them to stay to the end; start them all again, with the same options."
-
-
-@pytest.fixture
-def data(tmp_path):
-    return two_classes(tmp_path)
 
 
 def training(data, folder):

@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-from support.saved_runs import two_classes
 
 import jbn
 import jbn.cli.train
@@ -21,11 +20,6 @@ from jbn.cli.models import load_model
 
 FILES = ["activations.png", "curves.png", "metrics.json", "with.safetensors", "without.safetensors"]
 SMALL = ["--epochs", "2", "--batch-size", "32", "--hidden", "3"]  # as other tests have it, to be compiled once
-
-
-@pytest.fixture
-def data(tmp_path):
-    return two_classes(tmp_path)
 
 
 def train(capsys, *arguments):
@@ -229,14 +223,8 @@ class TestTerminal:
         assert ("(--lr, now 0.25), and batches that are not small (--batch-size, now 8)" in terminal.getvalue()) == hint
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 class TestInterrupt:
-    @pytest.fixture(autouse=True)
-    def ctrl_c_is_heard(self):
-        """Also where the tests run in the background of a shell, which ignores it there."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-        signal.signal(signal.SIGINT, before)
-
     def interrupted(self, tmp_path, capsys, data):
         """What a run that should stop leaves behind and says."""
         before, handler = tree(tmp_path), signal.getsignal(signal.SIGINT)
